@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as start_profiler
 
 import bench
+import bench_rows
 from gpu_checks.common import Check, kept_differ, relative_error
 from gpu_checks.numerics import run_backend
 from vtprune_train import PyramidDrop, prune, unprune
@@ -129,7 +130,7 @@ def forward_ranges(check: Check, run: Callable[[], Tensor]) -> dict[str, float]:
     launched = 1e3 * (time.perf_counter() - began)
     check.synchronize()
     del loss
-    seconds = bench.range_seconds(run, check.device)
+    seconds = bench_rows.range_seconds(run, check.device)
     marks = {f"{name.removeprefix('vtprune::')}_ms": 1e3 * value for name, value in seconds.items()}
     selector = 1e3 * sum(seconds[name] for name in SELECTOR)
     return {"forward_host_ms": launched, **marks, "selector_ms": selector}

@@ -16,6 +16,7 @@ from transformers import Gemma3Config, LlavaConfig, MixtralConfig, Qwen2VLConfig
 
 from tests.support.families import family_model
 from tests.support.helpers import tiny_config, tiny_model
+from tests.support.videos import moving_frames, write_video
 from vtprune_train import PyramidDrop
 from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate, images_of_sample
 from vtprune_train.bench.decoder_time import clock
@@ -215,6 +216,92 @@ def test_other_families_count_images_tower_and_projector(model, size, tokens, se
     assert f"{size}: {tokens} tokens of {seen}" in output
     assert "not counted" not in output and output.count("x faster") == 4
     assert "tower and projector" in stdout_of(capsys, "--model", model), "the largest of its examples"
+
+
+QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("model", "video", "tokens", "seen", "text"),
+    [
+        # 256 tokens of 2 x 2 patches for each pair of frames, and the start and end of the video.
+        (QWEN, "63x448x448", 32 * 256, f"{32 * 1024} patches in 32", 2),
+        # Before each pair, "<0.2 seconds>" of 6 tokens (7 from 10 s on: the pairs at 10.2 to 15.2 s), start and end.
+        ("Qwen/Qwen3-VL-8B-Instruct", "32x160x128", 16 * 5 * 4, f"{16 * 80} patches in 16", 16 * 8 + 6),
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "64x640x360", 64 * 14 * 14 + 1, "64 tile(s) in 64", 0),
+        # "Frame1: <img>", "</img>" and a newline: 7 tokens, one more from the tenth frame on, no last newline.
+        ("OpenGVLab/InternVL3_5-8B-HF", "12x640x360", 12 * 256, "12 tile(s) in 12", 12 * 7 + 3 - 1),
+    ],
+)  # fmt: skip
+def test_tokens_of_a_video(model, video, tokens, seen, text, capsys):
+    output = stdout_of(capsys, "--model", model, "--video", video, "--text", "100")
+    frames, size = video.split("x", 1)
+    assert f"{frames} frames of {size}: {tokens} tokens of {seen} steps in time; {100 + text} text tokens" in output
+    assert "not counted" not in output
+
+
+def test_frames_do_not_attend_to_each_other_in_the_tower(tmp_path, capsys):
+    """Per frame, the tower costs as much as for an image, and dropping leaves it as it is."""
+    reports = []
+    for number, options in enumerate((("--video", "16x448x448"), ("--resolution", "448x448"))):
+        file = tmp_path / f"{number}.json"
+        stdout_of(capsys, "--model", QWEN, *options, "--json", str(file))
+        reports.append(json.loads(file.read_text()))
+    video, image = reports
+    assert video["sample"]["pictures"][0] | {"label": ""} == {
+        "label": "", "tokens": 8 * 256, "tiles": 8 * 1024, "steps": 8, "text": 2,
+    }  # fmt: skip
+    assert video["vision"] == pytest.approx(8 * image["vision"])
+    for side in ("dense", "pruned"):
+        whole = video["prefill_whole"][side] - video["prefill_decoder"][side]
+        assert whole == pytest.approx(8 * image["vision"])
+    assert [stage["visual_tokens"] for stage in video["stages"]] == [2048, 1024, 512, 256]
+
+
+def test_frames_that_keep_their_share_are_planned_apart(capsys):
+    """196 tokens of a frame: int(0.07 * 196) = 13 of each; int(0.07 * (64 * 196 + 1)) = 878 of all, and the newline."""
+    model = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    kept = {"video": 878, "frame": 64 * 13}
+    for per, count in kept.items():
+        options = ("--layers", "2", "--keep", "0.07", "--set", f"per={per}")
+        row = stdout_of(capsys, "--model", model, "--video", "64x640x360", *options).split("2-27")[1].split()
+        assert int(row[0]) == count
+
+
+def test_a_video_file_is_sampled_as_in_training(tmp_path, capsys):
+    """By its header: 2 frames per second of 3 s."""
+    write_video(tmp_path / "clip.mp4", moving_frames(30, (336, 448)), fps=10)
+    video = str(tmp_path / "clip.mp4")
+    words = "6 frames of 448x336: 576 tokens of 2304 patches in 3 steps in time"
+    assert words in stdout_of(capsys, "--model", QWEN, "--video", video)
+    both = stdout_of(capsys, "--model", QWEN, "--video", video, "--resolution", "280x280")
+    assert "280x280: 100 tokens of 400 patches; 6 frames of 448x336" in both
+    run = (
+        "--config",
+        "qwen2_5_vl_pdrop.yaml",
+        f"model.path={QWEN}",
+        "data.video.fps=4",
+        "data.video.max_pixels=112896",
+    )
+    assert "12 frames of 448x336: 780 tokens of 3120 patches in 6" in stdout_of(capsys, *run, "--video", video)
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    [line] = errors_of(capsys, "--model", QWEN, "--video", video)
+    assert "clip.mp4" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (QWEN, ["--video", "448x448"], "--video: '448x448' is neither FRAMESxWIDTHxHEIGHT, for example 64x640x360"),
+        (QWEN, ["--video", "9x448x448", "--visual_tokens", "9"], "pass either --video or --visual_tokens, not both"),
+        (QWEN, ["--video", "999999x448x448"], "999999 frames have 128000000 visual tokens; an estimate plans at most"),
+        (QWEN, ["--video", "2x5000x10"], "more than 200 times as long as wide"),
+        (LLAVA, ["--video", "8x336x336"], "--video: LLaVA-1.5 does not take videos: it has no video tokens"),
+    ],
+)
+def test_wrong_videos(model, options, words, capsys):
+    [line] = errors_of(capsys, "--model", model, *options)
+    assert words in line
 
 
 def test_images_of_one_sample_are_laid_out_together(capsys):

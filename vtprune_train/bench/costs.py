@@ -6,7 +6,7 @@ The estimate follows from a model's config and lengths; :mod:`vtprune_train.core
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +22,19 @@ from vtprune_train.core.flops import (
     PatchTowerGeometry,
     TowerGeometry,
     TrainingCost,
-    VisualTokens,
     is_adaptive,
     kept_keys,
     published_decoder_flops,
     selector_flops,
     stage_layers,
 )
+from vtprune_train.core.flops import VisualTokens as VisualAverages
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.families import supported_family
 from vtprune_train.models.families.base import Lacks, required
-from vtprune_train.models.families.layout import ImageGeometry
+from vtprune_train.models.families.layout import Clip, ImageGeometry, ImageLayout, Visual, VisualTokens
+from vtprune_train.models.families.videos import written_tokens
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning import PruningMethod
 from vtprune_train.pruning.describe import schedule
@@ -55,6 +56,7 @@ class Subject:
         dtype: dtype of the cache.
         source: folder or hub id of the image processor.
         max_pixels: limit of the image processor, as in ``model.max_pixels``.
+        video: settings of videos, as in ``data.video``.
     """
 
     name: str
@@ -66,23 +68,42 @@ class Subject:
     dtype: str = "bfloat16"
     source: str | None = None
     max_pixels: int | None = None
+    video: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The number of visual tokens and of tiles (or patches) of one image; ``tiles`` is ``None`` if unknown."""
+    """The number of visual tokens and of tiles (or patches) of one image or video; ``tiles`` is ``None`` if unknown.
+
+    For a video, ``steps`` is its number of steps in time, ``text`` the number of text tokens that the family writes for
+    it, and ``visual`` describes its tokens."""
 
     label: str
     tokens: int
     tiles: int | None
+    steps: int = 0
+    text: int = 0
+    visual: VisualTokens | None = None
+
+    @property
+    def frames(self) -> int:
+        """Steps in time that do not attend to each other in the tower; 0 for an image."""
+        return 0 if self.visual is None else self.visual.frames
+
+    def spans(self, start: int) -> list[ImageSpan]:
+        """Its spans, the first of which starts at ``start``."""
+        if self.visual is None or self.visual.frames:
+            return [ImageSpan(start, self.tokens, () if self.visual is None else self.visual.grids, self.frames)]
+        runs, grids = self.visual.runs, self.visual.grids  # each frame is an image
+        return [ImageSpan(start + sum(runs[:i]), length, (grids[i],)) for i, length in enumerate(runs)]
 
 
 @dataclass(frozen=True)
 class Sample:
     """The content of a sample, and the number of such samples in a batch.
 
-    ``text`` is the number of tokens of the prompt without images, ``answer`` the number of generated or supervised
-    tokens; both are at least 1.
+    ``text`` is the number of tokens of the prompt without images and videos, ``answer`` the number of generated or
+    supervised tokens; both are at least 1.
     """
 
     images: tuple[ImageTokens, ...]
@@ -136,7 +157,7 @@ class Estimate:
     pruning_from: str
     schedule: str
     expected: bool
-    visual: VisualTokens
+    visual: VisualAverages
     trained: tuple[str, ...]
     dtype: str
     sample: Sample
@@ -166,7 +187,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     method = subject.method
     plan = plan_pass([segment_of(sample)], decoder.num_layers, method)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
-    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.images))
+    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(plan.outline.segments[0].spans))
     element_size = getattr(torch, subject.dtype).itemsize
     stages = _stages(decoder, lengths, layers, kept, sample, element_size)
     head, selector = sample.batch * decoder.head(1.0), sample.batch * selector_flops(decoder, plan, method)
@@ -184,11 +205,13 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     )
     step = _training_step(cost, method, sample)
     tiles, not_counted = _tiles(counted, sample.images)
+    frames = np.array([image.frames for image in sample.images])
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
-        vision = sample.batch * (tower.tower(float(tiles)) + tower.projector(float(tiles)))
+        forward = TrainingCost(decoder, tower, trains_decoder=False, trains_tower=False, trains_projector=False)
+        vision = sample.batch * float(forward.vision(tiles, frames).sum())
         prefill_whole = _total([prefill], vision)
-        step_whole = _total([step], sample.batch * float(cost.vision(np.array(tiles))))
+        step_whole = _total([step], sample.batch * float(cost.vision(tiles, frames).sum()))
     return Estimate(
         model=subject.name,
         family=_family(subject.config),
@@ -197,7 +220,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         pruning_from=subject.method_from,
         schedule=schedule(method, decoder.num_layers) if method else "none",
         expected=method is not None and is_adaptive(method, decoder.num_layers),
-        visual=VisualTokens.of((lengths - sample.text).tolist(), layers, kept),
+        visual=VisualAverages.of((lengths - sample.text).tolist(), layers, kept),
         trained=subject.trained,
         dtype=subject.dtype,
         sample=sample,
@@ -218,10 +241,11 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
 
 
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
-    """The layout of a sample: its images, its text, whose last token is the query row, and ``answer`` tokens."""
+    """The layout of a sample: its images and videos, its text, whose last token is the query row, and ``answer``
+    tokens."""
     spans: list[ImageSpan] = []
     for image in sample.images:
-        spans.append(ImageSpan(spans[-1].end if spans else 0, image.tokens))
+        spans += image.spans(spans[-1].end if spans else 0)
     prompt = sample.text + (spans[-1].end if spans else 0)
     return SegmentLayout(prompt + answer, tuple(spans), (prompt - 1,), tuple(range(prompt, prompt + answer)))
 
@@ -275,8 +299,8 @@ def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sam
 
 def _tiles(
     tower: TowerGeometry | PatchTowerGeometry | Lacks, images: Sequence[ImageTokens]
-) -> tuple[int | None, str | None]:
-    """Number of tiles of one sample, or the reason why tower and projector cannot be counted."""
+) -> tuple[np.ndarray | None, str | None]:
+    """Number of tiles of each image and video [images], or the reason why tower and projector cannot be counted."""
     if isinstance(tower, Lacks):
         return None, f"not counted: {tower.why}"
     known = [image.tiles for image in images if image.tiles is not None]
@@ -284,7 +308,7 @@ def _tiles(
         assert isinstance(tower, TowerGeometry)
         per_tile = tower.patches // tower.merge
         return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
-    return sum(known), None
+    return np.array(known), None
 
 
 def _total(costs: Sequence[Cost], dense: float = 0.0, pruned: float | None = None) -> Cost:
@@ -336,14 +360,17 @@ def images_of_sample(
     resolutions: Sequence[tuple[int, int]] = (),
     visual_tokens: Sequence[int] = (),
     images: ImageGeometry | Lacks | None = None,
+    clips: Sequence[Clip] = (),
 ) -> tuple[ImageTokens, ...]:
-    """The images of a sample, from sizes or token counts; with neither, one image of the size with the most tokens.
+    """The images and videos of a sample, from sizes or token counts; with neither, one image of the size with the most
+    tokens.
 
     Args:
         config: the model's config.
         resolutions: ``(width, height)`` in pixels.
         visual_tokens: token counts instead of sizes; multiples of a tile's patches count as whole tiles.
         images: result of :func:`images_of`; by default without an image processor.
+        clips: its videos; ``images`` then is a layout with videos.
 
     Raises:
         ValueError: the visual tokens of this family cannot be computed from a size.
@@ -361,6 +388,21 @@ def images_of_sample(
             f"size for {_family(config)} ({images.why}); give --visual_tokens"
         )
     sizes = [(height, width) for width, height in resolutions]
+    if clips:
+        assert isinstance(images, ImageLayout)
+        return _visuals_of_sample(images, [*sizes, *clips])
     sizes = sizes or [max(images.examples(), key=lambda size: images.tokens([size])[0])]
     counts = zip(sizes, images.tokens(sizes), images.tiles(sizes), strict=True)
     return tuple(ImageTokens(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)
+
+
+def _visuals_of_sample(layout: ImageLayout, visuals: Sequence[Visual]) -> tuple[ImageTokens, ...]:
+    found = []
+    for visual, of in zip(visuals, layout.visual_tokens(visuals), strict=True):
+        if not isinstance(visual, Clip):
+            found.append(ImageTokens(f"{visual[1]}x{visual[0]}", of.total, of.tiles))
+            continue
+        label = f"{len(visual.indices)} frames of {visual.width}x{visual.height}"
+        steps = of.frames or len(of.runs)
+        found.append(ImageTokens(label, of.total, of.tiles, steps, written_tokens(layout.placeholder(visual)), of))
+    return tuple(found)

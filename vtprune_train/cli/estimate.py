@@ -1,4 +1,5 @@
-"""``vtprune estimate``: the savings of pruning, computed from a model's config and image sizes."""
+"""``vtprune estimate``: the savings of pruning, computed from a model's config and the sizes of images and
+videos."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from vtprune_train.bench.costs import (
     TYPICAL_ANSWER,
     Cost,
     Estimate,
+    ImageTokens,
     Sample,
     Subject,
     estimate,
@@ -27,11 +29,14 @@ from vtprune_train.bench.costs import (
 )
 from vtprune_train.bench.decoder_time import Clock, clock
 from vtprune_train.bench.decoder_time import render as render_clock
+from vtprune_train.bench.videos import VideoSize, clip_of, with_videos
 from vtprune_train.cli.options import METHOD_HELP, add_set_option, add_trust_option, changed, named_method, set_values
 from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import TYPICAL_TEXT, DecoderGeometry
+from vtprune_train.data.videos import video_header
 from vtprune_train.evaluation.answering import choose_device
 from vtprune_train.models.families import KNOWN_CONFIGS, family_of_type
+from vtprune_train.models.families.layout import Clip, ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
@@ -63,7 +68,9 @@ def render(result: Estimate, *, published: bool = False) -> str:
 def _describe(result: Estimate) -> list[str]:
     geometry, sample = result.decoder, result.sample
     pictures = [
-        f"{image.label}: {image.tokens} tokens" + (f" of {image.tiles} {result.unit}" if image.tiles else "")
+        f"{image.label}: {image.tokens} tokens"
+        + (f" of {image.tiles} {result.unit}" if image.tiles else "")
+        + (f" in {image.steps} steps in time" if image.steps else "")
         for image in sample.images
     ]
     rows = {
@@ -172,10 +179,20 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _video(text: Any) -> VideoSize | Path:
+    """Frames and their size, or a video on this machine."""
+    if match := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text):
+        return VideoSize(*map(int, match.groups()))
+    if not Path(text).exists():
+        raise ValueError(f"{text!r} is neither FRAMESxWIDTHxHEIGHT, for example 64x640x360, nor a file on this machine")
+    return Path(text)
+
+
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 Clockable = Annotated[int, Field(ge=1, le=MOST_CLOCKED)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+Video = Annotated[VideoSize | Path, BeforeValidator(_video)]
 
 
 class Request(BaseModel):
@@ -185,6 +202,7 @@ class Request(BaseModel):
     overrides: list[str] = []
     model: str | None = None
     resolution: list[Size] = []
+    video: list[Video] = []
     visual_tokens: Annotated[list[Count], BeforeValidator(_split)] = []
     text: Count = TYPICAL_TEXT
     answer: Count = TYPICAL_ANSWER
@@ -211,8 +229,9 @@ class Request(BaseModel):
             raise ValueError(f"--{key} only works with --model; with --config write 'pruning.{key}={value}'")
         if self.method == "none" and len(self.pruning) > 1:
             raise ValueError("--layers, --keep and --set have no effect with --method none; remove them")
-        if self.resolution and self.visual_tokens:
-            raise ValueError("pass either --resolution or --visual_tokens, not both")
+        for option in ("resolution", "video"):
+            if getattr(self, option) and self.visual_tokens:
+                raise ValueError(f"pass either --{option} or --visual_tokens, not both")
         if not self.clock and (idle := sorted({"repeats", "device"} & self.model_fields_set)):
             raise ValueError(f"--{idle[0]} has no effect without --clock; add batch sizes, for example --clock 1,8")
         return self
@@ -257,6 +276,7 @@ def _from_config(request: Request) -> Subject:
         dtype=request.dtype or config.model.dtype,
         source=config.model.path if config.model.path and Path(config.model.path).is_dir() else None,
         max_pixels=config.model.max_pixels,
+        video=config.data.video.model_dump(),
     )
 
 
@@ -317,6 +337,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution", action="append", metavar="WIDTHxHEIGHT", help="image size in pixels; repeat for several images"
     )
     parser.add_argument(
+        "--video",
+        action="append",
+        metavar="FRAMESxWIDTHxHEIGHT",
+        help="sampled frames of a video and their size in pixels, or a video file; repeat for several videos",
+    )
+    parser.add_argument(
         "--visual_tokens", "--visual-tokens", metavar="N[,N]", help="numbers of visual tokens, instead of --resolution"
     )
     parser.add_argument("--text", metavar="N", help=f"text tokens excluding the answer (default {TYPICAL_TEXT})")
@@ -345,18 +371,33 @@ def run(arguments: argparse.Namespace) -> int:
     request = Request.of(arguments)
     subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
     images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
-    pictures = images_of_sample(subject.config, request.resolution, request.visual_tokens, images)
-    sample = Sample(pictures, request.text, request.answer, request.batch)
+    clips: list[Clip] = []
+    if request.video:
+        assert images is not None
+        images = with_videos(subject.config, images, subject.source, subject.video, subject.max_pixels)
+        clips = [_clip(images, video) for video in request.video]
+    pictures = images_of_sample(subject.config, request.resolution, request.visual_tokens, images, clips)
+    sample = Sample(pictures, request.text + sum(image.text for image in pictures), request.answer, request.batch)
     result = estimate(subject, sample)
     measured = _measured(request, subject, sample) if request.clock else None
     if request.report is not None:
         report = {**asdict(result), "clock": measured and asdict(measured)}
-        report["sample"]["pictures"] = report["sample"].pop("images")  # the key of the first release
+        report["sample"]["pictures"] = [_picture(image) for image in sample.images]  # the key of the first release
+        del report["sample"]["images"]
         _write(Path(request.report), report)
     print(render(result, published=request.published))
     if measured is not None:
         print("\n".join(["", *render_clock(measured)]))
     return 0
+
+
+def _clip(layout: ImageLayout, video: VideoSize | Path) -> Clip:
+    return layout.clip(video_header(video)) if isinstance(video, Path) else clip_of(layout, video)
+
+
+def _picture(image: ImageTokens) -> dict[str, Any]:
+    of_video = {"steps": image.steps, "text": image.text} if image.steps else {}
+    return {"label": image.label, "tokens": image.tokens, "tiles": image.tiles, **of_video}
 
 
 def _measured(request: Request, subject: Subject, sample: Sample) -> Clock:

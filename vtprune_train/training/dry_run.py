@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stag
 from vtprune_train.core.stream import Drop
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import class_of_config
-from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.layout import ImageLayout, VisualTokens
+from vtprune_train.models.families.videos import written_tokens
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.recompute import typical_stages
 from vtprune_train.models.io.build import family_of_config, load_model_config, parts_of, set_trainable
@@ -30,7 +32,7 @@ from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
-from vtprune_train.training.loop.layout import build_layout
+from vtprune_train.training.loop.layout import LONG_VIDEO, SHORT_VIDEO, build_layout
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines, template_of
 from vtprune_train.training.loop.settings import with_saved_settings
@@ -90,9 +92,10 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     if method is not None:
         attach(model, method)
     cost = training_cost(config, model_config)
-    batch = _largest_micro_batch(config, layout, () if _has_full_steps(config) else drops, num_layers)
-    order = typical_stages(layout, drops, num_layers)
-    estimate = Estimate.of(config, model, settings, gpus, batch, order)
+    batches = _largest_micro_batches(config, layout, () if _has_full_steps(config) else drops, num_layers)
+    order, level = typical_stages(layout, drops, num_layers), config.train.activation_checkpointing
+    estimates = [(Estimate.of(config, model, settings, gpus, batch, order), steps) for batch, steps in batches]
+    estimate, steps = max(estimates, key=lambda pair: pair[0].at(level).peak)
     lines = [
         f"run           {config.run_dir}",
         *data,
@@ -101,14 +104,14 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
-        *_samples(layout, drops, cost),
+        *_samples(layout, drops, cost, config.data.max_length),
         *_whole_training(config, layout, cost),
         "",
         *sample_lines(config, loop, layout),
         "",
         *_parameters(config, model, zero_stage(settings), estimate.parameters),
         "",
-        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, batch),
+        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, estimate.batch, steps),
         "",
         *_memory(config, estimate, gpus, memory),
     ]
@@ -128,24 +131,41 @@ def _data(config: Config, needed: bool) -> list[str]:
     return check_records(config)
 
 
-def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
-    """A table of costs for the family's image resolutions."""
+def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max_length: int) -> list[str]:
+    """A table of costs for the family's image resolutions, and for a video if the run has videos."""
     header = (
         f"{'image':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
     )
     lines = [header, f"{'':56}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
-    for height, width in layout.examples():
-        visual = np.array(layout.tokens([(height, width)]))
-        tiles = layout.tiles([(height, width)])[0]
-        lengths = stage_lengths(np.array([TYPICAL_TEXT]), visual, np.array([0]), drops)
-        ratio, decoder, whole = _against_dense(lengths, drops, cost, tiles)
-        stages = " / ".join(str(n) for n in lengths[0])
-        lines.append(
-            f"{f'{height} x {width}':>12}{tiles:>8}{TYPICAL_TEXT:>6}  {stages:<30}"
-            f"{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
-        )
+    for size in layout.examples():
+        [of] = layout.visual_tokens([size])
+        lines.append(_sample_line(f"{size[0]} x {size[1]}", of, TYPICAL_TEXT, drops, cost))
+    if layout.video is not None:
+        lines += _video_lines(layout, drops, cost, max_length)
     lines.append("FLOPs / dense: forward and backward of the whole model; speed-ups are FLOP ratios, not measurements")
     return lines
+
+
+def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop], cost: TrainingCost) -> str:
+    visual = np.array([of.total] if of.frames else of.runs)
+    lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops)
+    ratio, decoder, whole = _against_dense(lengths, drops, cost, of)
+    stages = " / ".join(str(n) for n in lengths[0])
+    return f"{label:>12}{of.tiles:>8}{text:>6}  {stages:<30}{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
+
+
+def _video_lines(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max_length: int) -> list[str]:
+    """A row for a short video with the run's sampling, and a description of it."""
+    clip = layout.clip(SHORT_VIDEO)
+    [of] = layout.visual_tokens([clip])
+    written = written_tokens(layout.placeholder(clip))
+    name, length = f"{SHORT_VIDEO.duration:.0f} s video", of.total + TYPICAL_TEXT + written
+    too_long = f"; longer than data.max_length={max_length}, see data.video" if length > max_length else ""
+    return [
+        _sample_line(name, of, TYPICAL_TEXT + written, drops, cost),
+        f"{name}: {clip.height} x {clip.width}, {len(clip.indices)} of {clip.total} frames, "
+        f"{of.frames or len(of.runs)} steps in time, {of.total} visual tokens{too_long}",
+    ]
 
 
 def _has_full_steps(config: Config) -> bool:
@@ -202,7 +222,7 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
 
 
 def _against_dense(
-    lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, tiles: int
+    lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, of: VisualTokens
 ) -> tuple[float, float, float]:
     """FLOP ratio of the whole model, and ideal speed-ups of the decoder and the whole model."""
     num_layers = cost.decoder.num_layers
@@ -210,8 +230,9 @@ def _against_dense(
     decoder = float(cost.decoder.stages(lengths, layers).sum())
     decoder_dense = float(cost.decoder.stages(lengths[:, :1], [num_layers]).sum())
     supervised = np.array([TYPICAL_TEXT // 2])
-    whole = float(cost.sample(lengths, layers, np.array([tiles]), supervised)[0])
-    dense = float(cost.sample(lengths[:, :1], [num_layers], np.array([tiles]), supervised)[0])
+    vision = float(cost.vision(np.array([of.tiles]), np.array([of.frames]))[0])
+    whole = float(cost.text(lengths, layers, supervised)[0]) + vision
+    dense = float(cost.text(lengths[:, :1], [num_layers], supervised)[0]) + vision
     return whole / dense, decoder_dense / decoder, dense / whole
 
 
@@ -252,29 +273,39 @@ def _most_samples(config: Config) -> int:
     return min(max(1, config.data.max_tokens // config.data.max_length), config.train.global_batch_size)
 
 
-def _largest_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int) -> MicroBatch:
-    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens`` and
-    ``global_batch_size``, each with one image of the largest resolution."""
+def _largest_micro_batches(
+    config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int
+) -> list[tuple[MicroBatch, int]]:
+    """The largest micro-batches that the limits allow: samples of ``max_length`` up to ``max_tokens`` and
+    ``global_batch_size``, each with one image of the largest resolution; if the run has videos, also each with a long
+    video. With the number of steps in time of a sample."""
     largest = max(layout.examples(), key=lambda size: layout.tokens([size]))
-    visual = min(layout.tokens([largest])[0], config.data.max_length)
-    count = _most_samples(config)
-    text = config.data.max_length - visual
-    lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops).sum(axis=0)
-    layers = tuple(layers_per_stage(drops, num_layers))
-    tiles = count * layout.tiles([largest])[0]
-    return MicroBatch(tuple(lengths.tolist()), layers, tiles, count * visual, count * text)
+    of_image, limit, count = layout.visual_tokens([largest])[0], config.data.max_length, _most_samples(config)
+    filled = [(min(of_image.total, limit), of_image.tiles, 0)]
+    if layout.video is not None:
+        [of] = layout.visual_tokens([layout.clip(LONG_VIDEO)])
+        share = min(1.0, limit / of.total)  # a shorter video if this one does not fit
+        filled.append((min(of.total, limit), math.ceil(share * of.tiles), math.ceil(share * of.frames)))
+    layers, batches = tuple(layers_per_stage(drops, num_layers)), []
+    for visual, tiles, steps in filled:
+        lengths = stage_lengths(np.full(count, limit - visual), np.full(count, visual), np.arange(count), drops)
+        tokens = tuple(lengths.sum(axis=0).tolist())
+        batches.append((MicroBatch(tokens, layers, count * tiles, count * visual, count * (limit - visual)), steps))
+    return batches
 
 
 def _worst_micro_batch(
-    config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, batch: MicroBatch
+    config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, batch: MicroBatch, steps: int
 ) -> list[str]:
     count = _most_samples(config)
     text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
     lengths = stage_lengths(text, visual, np.arange(count), drops)
-    flops = cost.sample(lengths, batch.layers, np.full(count, batch.tiles // count), text).sum()
+    tiles = np.full(count, batch.tiles // count)
+    flops = cost.sample(lengths, batch.layers, tiles, text, frames=np.full(count, steps)).sum()
     return [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
-        f"({visual[0]} visual, {text[0]} text), {batch.tiles} {layout.unit}",
+        f"({visual[0]} visual, {text[0]} text), {batch.tiles} {layout.unit}"
+        + (f", each with a video of {steps} steps in time" if steps else ""),
         f"  tokens in each stage {' / '.join(str(n) for n in batch.tokens)}, "
         f"{flops / 1e12:.3g} TFLOP forward and backward",
     ]

@@ -18,7 +18,10 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -35,6 +38,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+import bench_video
+from bench_rows import pack_samples, segment_of
 from tests.support.packed import random_batch
 from tests.support.runner import ROOT, Runs
 from vtprune_train import PyramidDrop, prune
@@ -44,6 +49,7 @@ from vtprune_train.core.flops import stage_layers
 from vtprune_train.core.plan import plan_pass, plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.families import KNOWN_CONFIGS, trained_family
+from vtprune_train.models.families.layout import Clip, SampleImages
 from vtprune_train.models.forward import linear_attention
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
@@ -288,6 +294,63 @@ def test_activations_of_a_step(dtype, method, level):
     assert predicted.peak == pytest.approx(memory.peak - memory.start, rel=0.1)
     saved = sum(predicted.stages) + predicted.tower + predicted.head
     assert saved == pytest.approx(memory.ends["forward"] - memory.start, rel=0.1)
+
+
+def onevision_clips(frames, dtype):
+    """A LLaVA-OneVision, and inputs for a video of so many frames: each is one tile, pooled to a quarter."""
+    config = LlavaOnevisionConfig(
+        text_config=LlamaConfig(
+            hidden_size=128, intermediate_size=344, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8,
+            vocab_size=256, max_position_embeddings=8192,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=112,
+            patch_size=7, vision_use_head=False,
+        ),
+        image_grid_pinpoints=[[112, 112]],
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration._from_config(config, dtype=dtype).train()
+    return model, torch.randn(frames, 3, 112, 112)
+
+
+def qwen_clips(frames, dtype):
+    """A Qwen2.5-VL, and the patches of a video of so many frames: each pair is one step in time."""
+    geometry = bench_video.VideoGeometry(128, 344, 8, 4, frames, (((112, 112), 200),))
+    model = Qwen2_5_VLForConditionalGeneration._from_config(geometry.config(), dtype=dtype).train()
+    return model, torch.randn(frames // 2 * 64, 3 * 2 * 14**2)
+
+
+@pytest.mark.parametrize("build", [onevision_clips, qwen_clips])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_of_a_step_on_a_video(build, dtype):
+    """The tower sees every frame, the decoder the pooled or merged ones."""
+    torch.manual_seed(0)
+    frames, method = 24, PyramidDrop(layers=(2, 4, 6), keep=(0.5, 0.25, 0.125), positions="keep")
+    model, pixels = build(frames, getattr(torch, dtype))
+    model = prune(model, method)
+    _, loop = trained_family(model.config.model_type, "test")
+    layout = loop.layout(model.config, loop.image_processor(model.config)).with_videos(loop.videos)
+    if build is qwen_clips:
+        layout = layout.with_videos(bench_video.SETTINGS)
+    # In the model's dtype: these narrow towers would make the copy of the pixels count.
+    video = SampleImages([Clip(112, 112, tuple(range(frames)), frames, 2.0)], [pixels.to(model.dtype)])
+    tokens = layout.video_tokens(video.sizes[0])
+    segments = [segment_of(ImageSpan(1, tokens.total, tokens.grids, tokens.frames), 200)]
+    ids = [np.arange(segments[0].length) % 200 + 5]
+    vision = layout.vision_inputs([video])._asdict() | {"positions": layout.positions(segments, [video])}
+    batch = pack_samples(segments, ids, method, 8, vision)
+    model(batch).loss_sum.backward()
+    with track_allocations(CPU) as memory:
+        with memory.phase("forward"):
+            output = model(batch)
+        with memory.phase("backward"):
+            output.loss_sum.backward()
+    train = ("language_model", "projector", "vision_tower")
+    geometry = Geometry.of(model.config, dtype, train, f"{PREFIX}varlen_sdpa")
+    predicted = Activations.of(geometry, MicroBatch.of(batch), [], False)
+    saved = sum(predicted.stages) + predicted.tower + predicted.head
+    assert saved == pytest.approx(memory.ends["forward"] - memory.start, rel=0.1)
+    assert predicted.peak == pytest.approx(memory.peak - memory.start, rel=0.1)
 
 
 @pytest.fixture(scope="module")

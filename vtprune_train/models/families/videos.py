@@ -7,6 +7,7 @@ Shape suffixes: T frames.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -216,3 +217,15 @@ def images_only(visuals: Sequence[Any], title: str) -> None:
     """Raise a ``ValueError`` if a visual is a video."""
     if any(isinstance(visual, Clip) for visual in visuals):
         raise ValueError(f"{title} does not take videos; pass their frames as images")
+
+
+# What a tokenizer makes one token: a special token, a word, a digit, a space or a punctuation mark.
+PIECES = re.compile(r"<\|?(?P<special>/?[A-Za-z_]+)\|?>| ?[^\W\d_]+|\d|\s|[^\w\s]")
+
+
+def written_tokens(text: str | None) -> int:
+    """Number of text tokens that a family writes for a video (timestamps, numbers of frames, delimiters), by the rules
+    of Qwen's tokenizers, which split numbers into digits. ``text`` is that of
+    :meth:`~vtprune_train.models.families.layout.ImageLayout.placeholder`."""
+    special = [piece["special"] for piece in PIECES.finditer(text or "")]
+    return len(special) - special.count("video") - special.count("image")

@@ -188,7 +188,7 @@ def readable(size: int) -> str:
 def describe(batches: Sequence[PackedBatch]) -> str:
     distinct = {id(batch): batch for batch in batches}.values()
     parts = [
-        f"{len(b.sample_ids)} samples with {len(b.input_ids)} tokens, {len(b.pixel_values)} tiles or patches"
+        f"{len(b.sample_ids)} samples with {len(b.input_ids)} tokens, {MicroBatch.of(b).tiles} tiles or patches"
         for b in distinct
     ]
     return "worst micro-batches (" + "; ".join(parts) + ")"

@@ -8,9 +8,13 @@ from transformers import PreTrainedConfig
 
 from vtprune_train.config.settings import Config
 from vtprune_train.models.families.base import Loop, required
-from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.layout import ImageLayout, VideoHeader
 from vtprune_train.models.families.videos import video_settings
 from vtprune_train.models.io.processors import saved_video_settings
+
+# For reports: 16:9 at 480p and 30 frames per second.
+SHORT_VIDEO = VideoHeader(480, 854, 30 * 30, 30.0, 30.0)
+LONG_VIDEO = VideoHeader(480, 854, 30 * 3600, 30.0, 3600.0)
 
 
 def has_videos(config: Config) -> bool:

@@ -389,8 +389,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The sizes that determine activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower (patches for
-    towers that take images of any size), ``visual`` tokens before dropping, and supervised ``rows``."""
+    """The sizes that determine activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower, of images and
+    frames of videos (patches for towers that take images of any size), ``visual`` tokens before dropping, and
+    supervised ``rows``."""
 
     tokens: tuple[int, ...]
     layers: tuple[int, ...]
@@ -403,8 +404,8 @@ class MicroBatch:
         """The sizes of a planned batch."""
         plan = batch.plan
         tokens = tuple(stage.num_tokens for stage in plan.stages)
-        tiles, rows = len(batch.pixel_values), len(batch.targets)
-        return cls(tokens, tuple(stage_layers(plan)), tiles, len(batch.visual_rows), rows)
+        tiles = len(batch.pixel_values) + (0 if batch.video_pixels is None else batch.video_pixels.shape[1])
+        return cls(tokens, tuple(stage_layers(plan)), tiles, len(batch.visual_rows), len(batch.targets))
 
 
 @dataclass(frozen=True)
