@@ -64,7 +64,7 @@ def draw_scene(rng: random.Random) -> Scene:
 def _motion(rng: random.Random) -> Scene:
     """A shape that moves in one direction; where it leaves at one side, it enters at the other side."""
     answer = rng.choice(list(DIRECTIONS))
-    dx, dy = (step * SIDE / FRAMES for step in DIRECTIONS[answer])  # pixels per frame
+    dx, dy = (step * SIDE / 4 for step in DIRECTIONS[answer])  # pixels per frame
     begin = _still(rng, rng.choice(list(COLOURS)), margin=0)
     frames = tuple(replace(begin, x=(begin.x + dx * t) % SIDE, y=(begin.y + dy * t) % SIDE) for t in range(FRAMES))
     question = rng.choice(("Which way does it move?", "In which direction does it go?"))
@@ -112,11 +112,17 @@ def draw_frames(scene: Scene, grey: int) -> np.ndarray:
     frames = []
     for drawn in scene.frames:
         image = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
-        for x, y in [] if drawn is None else product(*((z - SIDE, z, z + SIDE) for z in (drawn.x, drawn.y))):
-            box = (x - drawn.radius, y - drawn.radius, x + drawn.radius, y + drawn.radius)
-            SHAPES[drawn.shape](ImageDraw.Draw(image), box, COLOURS[drawn.color])
+        if drawn is not None:
+            _draw(ImageDraw.Draw(image), drawn)
         frames.append(np.asarray(image))
     return np.stack(frames)
+
+
+def _draw(image: ImageDraw.ImageDraw, drawn: Drawn) -> None:
+    """Draw a shape; what lies beyond a border appears at the other side."""
+    for x, y in product(*((place - SIDE, place, place + SIDE) for place in (drawn.x, drawn.y))):
+        box = (x - drawn.radius, y - drawn.radius, x + drawn.radius, y + drawn.radius)
+        SHAPES[drawn.shape](image, box, COLOURS[drawn.color])
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:

@@ -39,8 +39,8 @@ def evaluate(
         max_tokens: maximum number of tokens per batch, before dropping.
         mark: watchdog callback, called for every batch.
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_images: pair each sample with the images and videos of another sample, to measure how well the model does
-            without the right ones.
+        shuffle_images: pair each sample with the images and videos of another sample, to measure how well the model
+            does without the right ones.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
