@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vtprune_train.files.disk import replace_synced
 
 FRAMES, SIDE, FPS = 6, 56, 3  # of each video; side in pixels
 RADIUS = (8.0, 10.0)  # of a shape, in pixels
+SPEED = (4.0, 7.0)  # pixels per frame
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -62,12 +62,17 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def _motion(rng: random.Random) -> Scene:
-    """A shape that moves in one direction; where it leaves at one side, it enters at the other side."""
+    """A shape that moves at a constant speed in one direction."""
+    radius = rng.uniform(*RADIUS)
+    travel = rng.uniform(*SPEED) * (FRAMES - 1)
+    begin, across = rng.uniform(radius, SIDE - radius - travel), rng.uniform(radius, SIDE - radius)
+    along = [begin + travel * step / (FRAMES - 1) for step in range(FRAMES)]
     answer = rng.choice(list(DIRECTIONS))
-    dx, dy = (step * SIDE / 4 for step in DIRECTIONS[answer])  # pixels per frame
-    begin = _still(rng, rng.choice(list(COLOURS)), margin=0)
-    frames = tuple(replace(begin, x=(begin.x + dx * t) % SIDE, y=(begin.y + dy * t) % SIDE) for t in range(FRAMES))
+    horizontal, sign = DIRECTIONS[answer][0] != 0, sum(DIRECTIONS[answer])
+    shape, color = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
+    places = [(place, across) if horizontal else (across, place) for place in along[::sign]]
     question = rng.choice(("Which way does it move?", "In which direction does it go?"))
+    frames = tuple(Drawn(shape, color, x, y, radius) for x, y in places)
     return Scene(frames, "motion", question, answer, OPPOSITE[answer])
 
 
@@ -90,10 +95,9 @@ def _change(rng: random.Random) -> Scene:
     return Scene(frames, "change", "Which color does it have in the end?", *reversed(colors))
 
 
-def _still(rng: random.Random, color: str, margin: float = RADIUS[1]) -> Drawn:
-    """A random shape whose center is ``margin`` pixels from the border or more."""
+def _still(rng: random.Random, color: str) -> Drawn:
     radius = rng.uniform(*RADIUS)
-    x, y = (rng.uniform(margin, SIDE - margin) for _ in range(2))
+    x, y = (rng.uniform(radius, SIDE - radius) for _ in range(2))
     return Drawn(rng.choice(list(SHAPES)), color, x, y, radius)
 
 
@@ -113,16 +117,11 @@ def draw_frames(scene: Scene, grey: int) -> np.ndarray:
     for drawn in scene.frames:
         image = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))
         if drawn is not None:
-            _draw(ImageDraw.Draw(image), drawn)
+            x, y, radius = drawn.x, drawn.y, drawn.radius
+            box = (x - radius, y - radius, x + radius, y + radius)
+            SHAPES[drawn.shape](ImageDraw.Draw(image), box, COLOURS[drawn.color])
         frames.append(np.asarray(image))
     return np.stack(frames)
-
-
-def _draw(image: ImageDraw.ImageDraw, drawn: Drawn) -> None:
-    """Draw a shape; what lies beyond a border appears at the other side."""
-    for x, y in product(*((place - SIDE, place, place + SIDE) for place in (drawn.x, drawn.y))):
-        box = (x - drawn.radius, y - drawn.radius, x + drawn.radius, y + drawn.radius)
-        SHAPES[drawn.shape](image, box, COLOURS[drawn.color])
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
