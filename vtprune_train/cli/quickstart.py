@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
+from vtprune_train.data import synthetic_videos
 from vtprune_train.data.synthetic import write_dataset
 
 DATA = Path("runs/data/quickstart")  # data.root of the recipe
@@ -21,9 +24,43 @@ NUM_TRAIN, NUM_EVAL = 6000, 500
 SIDES = {"dense": ["pruning.method=none"], "pyramiddrop": []}  # of --compare
 
 
+@dataclass(frozen=True)
+class Task:
+    """What the command trains on.
+
+    Args:
+        recipe: file in ``configs/``.
+        data: the recipe's ``data.root``.
+        write: writes the data set to ``data``.
+        compare: folder of the runs of ``--compare``.
+    """
+
+    recipe: str
+    data: Path
+    write: Callable[..., None]
+    compare: Path
+
+    @property
+    def name(self) -> str:
+        """The recipe's ``run.name``."""
+        return Path(self.recipe).stem
+
+
+IMAGES = Task(RECIPE, DATA, write_dataset, Path("runs/compare"))
+VIDEOS = Task(
+    "quickstart_video.yaml",
+    Path("runs/data/quickstart_video"),
+    synthetic_videos.write_dataset,
+    Path("runs/compare_video"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense on the same data and steps")
+    parser.add_argument(
+        "--video", action="store_true", help="train on videos, with questions about what happens in them"
+    )
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that train (default: 2)")
     parser.add_argument(
         "--restart", action="store_true", help="delete the earlier run and train from scratch (default: continue it)"
@@ -37,30 +74,31 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the overrides are wrong, or the table cannot be made with them.
     """
-    check_overrides(arguments.overrides)
-    write_dataset(DATA, num_train=NUM_TRAIN, num_eval=NUM_EVAL, seed=7)
+    task = VIDEOS if arguments.video else IMAGES
+    check_overrides(task, arguments.overrides)
+    task.write(task.data, num_train=NUM_TRAIN, num_eval=NUM_EVAL, seed=7)
     run_folder = empty_folder if arguments.restart else existing_folder
     if arguments.compare:
-        return compare(arguments.overrides, {name: run_folder(Path("runs/compare") / name) for name in SIDES})
-    return train(arguments.overrides, arguments.ranks, run_folder(Path("runs/quickstart")))
+        return compare(task, arguments.overrides, {name: run_folder(task.compare / name) for name in SIDES})
+    return train(task, arguments.overrides, arguments.ranks, run_folder(Path("runs") / task.name))
 
 
-def check_overrides(overrides: list[str]) -> None:
+def check_overrides(task: Task, overrides: list[str]) -> None:
     """Check that the overrides are valid and leave what the table needs."""
-    config = load_config(RECIPE, overrides)
-    needed = {"run.name": "quickstart", "run.output_dir": "runs", "run.stop_after": None, "train.eval_shuffled": True}
+    config = load_config(task.recipe, overrides)
+    needed = {"run.name": task.name, "run.output_dir": "runs", "run.stop_after": None, "train.eval_shuffled": True}
     values: dict[str, Any] = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in needed}
     wrong = [f"{key}={values[key]}" for key in needed if values[key] != needed[key]]
     if wrong or not config.data.eval:
         raise ConfigError(
             f"vtprune quickstart cannot make its table with {', '.join(wrong or ['data.eval=[]'])}; leave it out, or "
-            f"use vtprune launch --config {RECIPE}, which takes all settings"
+            f"use vtprune launch --config {task.recipe}, which takes all settings"
         )
 
 
-def train(overrides: list[str], ranks: int, run_dir: Path) -> int:
+def train(task: Task, overrides: list[str], ranks: int, run_dir: Path) -> int:
     """One run, with PyramidDrop, in ``run_dir``."""
-    if code := finish([start(run_dir, overrides, ranks)]):
+    if code := finish([start(run_dir, overrides, ranks, recipe=task.recipe)]):
         return code
     result = summarize(run_dir)
     print_table({"pyramiddrop": result})
@@ -68,11 +106,12 @@ def train(overrides: list[str], ranks: int, run_dir: Path) -> int:
     return 0
 
 
-def compare(overrides: list[str], folders: dict[str, Path]) -> int:
+def compare(task: Task, overrides: list[str], folders: dict[str, Path]) -> int:
     """PyramidDrop and dense side by side, one process each, in ``folders``, which lie in one folder."""
     # At the same time, each on half of the cores, so that other load on the machine slows both equally.
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    if code := finish([start(folders[name], [*SIDES[name], *overrides], 1, threads) for name in folders]):
+    sides = {name: [*SIDES[name], *overrides] for name in folders}
+    if code := finish([start(folders[name], sides[name], 1, threads, task.recipe) for name in folders]):
         return code
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
     print_table(results)
@@ -100,11 +139,13 @@ def empty_folder(run_dir: Path) -> Path:
     return run_dir
 
 
-def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None) -> subprocess.Popen[bytes]:
+def start(
+    run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None, recipe: str = RECIPE
+) -> subprocess.Popen[bytes]:
     """Start ``vtprune launch`` in a new process, on CPUs, with ``threads`` in each rank (default: OMP_NUM_THREADS, or
     cores divided by ranks)."""
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
-    arguments = ["launch", "--nproc_per_node", str(ranks), "--config", RECIPE, *settings]
+    arguments = ["launch", "--nproc_per_node", str(ranks), "--config", recipe, *settings]
     default = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads or default)}
     print(f"$ vtprune {' '.join(arguments)}", flush=True)
@@ -126,10 +167,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """Accuracy of a run on held-out images, seconds in steps, FLOPs, tokens in each stage.
+    """Accuracy of a run on held-out data, seconds in steps, FLOPs, tokens in each stage.
 
     Raises:
-        ConfigError: the run was finished earlier, by another command, without evaluation or without shuffled images.
+        ConfigError: the run was finished earlier, by another command, without evaluation or without shuffled data.
     """
     steps = read_lines(run_dir / "metrics.jsonl")
     held_out = (read_lines(run_dir / "eval.jsonl") or [{}])[-1]
@@ -157,7 +198,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
             f"{name:14}{result['exact_match']:>11.1%}{result['exact_match_shuffled']:>10.1%}{result['steps']:>7}"
             f"{result['train_seconds']:>9.0f}{result['flops'] / 1e12:>8.1f}  {tokens}"
         )
-    print("shuffled: exact match with images exchanged between samples, so without seeing the right one\n")
+    print("shuffled: exact match with images or videos exchanged between samples, so without seeing the right one\n")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

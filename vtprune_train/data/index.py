@@ -196,10 +196,6 @@ class SampleIndex:
         end = time.monotonic()
         self._next_check = end + self.PAUSE * (end - start)
 
-    def num_images(self, samples: np.ndarray) -> np.ndarray:
-        """[S] number of images of each sample."""
-        return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
-
     def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:
         """The lengths of ``samples``; reads only their entries."""
         self._check_files()

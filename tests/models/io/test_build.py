@@ -6,6 +6,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, LlavaNextForCond
 
 from tests.support.helpers import tiny_config, tiny_model, tiny_processor
 from tests.support.model_parts import TEXT_TYPES, built, from_parts, save_parts
+from vtprune_train.config.load import load_config
 from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model, parts_of, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.processors import build_processor
@@ -112,6 +113,23 @@ def test_wrong_origins_are_named(tmp_path):
         built(from_parts(tmp_path).model_copy(update={"vision_tower": str(tmp_path / "nowhere")}), tmp_path)
     with pytest.raises(ValueError, match="is a llama; use a CLIP vision tower"):
         built(from_parts(tmp_path).model_copy(update={"vision_tower": str(tmp_path / "language")}), tmp_path)
+
+
+def test_the_tokenizer_trained_for_a_model_from_sizes_has_its_visual_tokens(tmp_path):
+    """Each is one token, also in the middle of a text, and the config names its id."""
+    text = "what is in <image> and <video> ?"
+    for recipe, with_video in (("quickstart.yaml", False), ("quickstart_video.yaml", True)):
+        config = load_config(recipe).model
+        tokenizer = load_tokenizer(config, lambda: [text] * 4, tmp_path / recipe)
+        model = build_model(config, tokenizer)
+        ids = tokenizer(text)["input_ids"]
+        assert (
+            ids.count(model.config.image_token_id) == 1 and tokenizer.decode(model.config.image_token_id) == "<image>"
+        )
+        assert (tokenizer.convert_tokens_to_ids("<video>") in ids) == with_video
+        if with_video:
+            assert tokenizer.decode(model.config.video_token_id) == "<video>"
+            assert len({model.config.video_token_id, model.config.image_token_id, tokenizer.eos_token_id}) == 3
 
 
 def test_trainable_parts():

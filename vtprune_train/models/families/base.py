@@ -84,6 +84,12 @@ class Loop:
     video_token: str = VIDEO
     needs_checkpoint: bool = False
 
+    @property
+    def visual_tokens(self) -> tuple[str, ...]:
+        """The image token, and the video token if the family has one."""
+        has_video_token = not isinstance(self.videos, Lacks) and self.video_token
+        return (self.image_token, self.video_token) if has_video_token else (self.image_token,)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -287,7 +287,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placeme
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
-            _fit_special_tokens(model_config, tokenizer)
+            _fit_special_tokens(model_config, tokenizer, loop)
             model = _from_sizes(model_config, dtype, placement)
         else:
             model = _from_parts(config, model_config, placement)
@@ -311,7 +311,7 @@ def _from_sizes(model_config: PreTrainedConfig, dtype: torch.dtype, placement: P
     return model
 
 
-def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, loop: Loop) -> None:
     text = config.text_config
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
@@ -319,6 +319,8 @@ def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
         )
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     text.pad_token_id = tokenizer.pad_token_id
+    if loop.video_token in loop.visual_tokens:
+        config.video_token_id = tokenizer.convert_tokens_to_ids(loop.video_token)
 
 
 def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: Placement) -> HFModule:

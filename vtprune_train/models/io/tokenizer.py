@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,7 +48,9 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     else:
         assert config.config is not None
-        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
+        _, loop = family_of_config(model_config)
+        vocab_size = int(config.config.get("text_config", {})["vocab_size"])
+        tokenizer = train_tokenizer(texts(), vocab_size, loop.visual_tokens)
     _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -72,12 +74,14 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, visual_tokens: Sequence[str] = (IMAGE,)
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` tokens; each of ``visual_tokens`` is one token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE]
+    special = ["<pad>", "<s>", "</s>", *visual_tokens]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -90,7 +94,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=[IMAGE],
+        additional_special_tokens=list(visual_tokens),
     )
 
 

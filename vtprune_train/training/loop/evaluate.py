@@ -39,8 +39,8 @@ def evaluate(
         max_tokens: maximum number of tokens per batch, before dropping.
         mark: watchdog callback, called for every batch.
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_images: pair each sample with another sample's images, to measure how well the model does without the
-            right image.
+        shuffle_images: pair each sample with the images and videos of another sample, to measure how well the model
+            does without the right ones.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
@@ -108,12 +108,13 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
 
 
 def exchange_images(collate: Collator) -> Sequence[int]:
-    """Map each sample to a different one with the same number of images, using a fixed derangement (if there are at
-    least two)."""
-    index = collate.index
-    counts = index.num_images(np.arange(len(index)))
-    partner = np.arange(len(index))
-    for count in np.unique(counts):
-        members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))
+    """Map each sample to a different one with the same numbers of images and videos, using a fixed derangement (if
+    there are at least two)."""
+    lengths = collate.index.lengths(np.arange(len(collate.index)))
+    counts = np.zeros((len(collate.index), 2), dtype=np.int64)  # of images and of videos
+    np.add.at(counts, (lengths.span_sample, (lengths.span_frames > 0).astype(np.int64)), 1)
+    partner = np.arange(len(counts))
+    for same in np.unique(counts, axis=0):
+        members = np.random.default_rng(0).permutation(np.flatnonzero((counts == same).all(axis=1)))
         partner[members] = np.roll(members, 1)
     return partner.tolist()
