@@ -138,7 +138,9 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
     assert first.prefill_end is not None
     rows = len(sequences)
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
-    before = (inputs["input_ids"] == loaded.model.config.image_token_id).sum(dim=1).tolist()
+    visual_ids = [getattr(loaded.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    visual_ids = torch.tensor([token for token in visual_ids if token is not None], device=device)
+    before = torch.isin(inputs["input_ids"], visual_ids).sum(dim=1).tolist()
     flops = _prefill_flops(loaded, plans[0] if plans else None, prompts)
     measured = []
     for row, answer in enumerate(decoded(loaded, inputs, sequences)):

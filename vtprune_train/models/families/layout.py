@@ -152,6 +152,8 @@ class ImageLayout(ImageGeometry):
     :meth:`video_tokens`, :meth:`video_pixels` and :meth:`placeholder`.
     """
 
+    stacks_videos: ClassVar[bool] = True
+    """Whether the model takes the frames of all videos as one tensor, so that they must be equally many."""
     video: Any = None
 
     def with_videos(self, settings: Any) -> ImageLayout:

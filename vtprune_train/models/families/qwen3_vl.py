@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry
+from vtprune_train.core.stream import VIDEO
 from vtprune_train.models.families import qwen2_vl
 from vtprune_train.models.families.qwen import (
     CLIPS_OF_ANY_SIZE,
@@ -89,6 +90,7 @@ FAMILY = dataclasses.replace(
         layout=partial(MergedPatches.of, timestamps=True),
         image_processor=_image_processor,
         videos=CLIPS_OF_ANY_SIZE,
+        template_video=VIDEO,
         projector=("model.visual.merger.", "model.visual.deepstack_merger_list."),
     ),
 )

@@ -56,8 +56,9 @@ def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     if ranks.rank() == 0:
         for line in template_misfits(config, encoder):
             log.warning("%s", line)
-    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
-    carry(processor, written_by(encoder))
+    video = config.data.video.model_dump() if has_videos(config) else None
+    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels, video)
+    carry(processor, written_by(encoder, loop))
     stop_where_answers_end(model, tokenizer, template, warn=ranks.rank() == 0)
     layout = build_layout(config, loop, model.config, processor.image_processor, config.model.path)
     return Parts(model, processor, encoder, layout)
