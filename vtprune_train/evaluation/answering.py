@@ -270,11 +270,7 @@ def prompt_text(loaded: Loaded, images: int, question: str | Sequence[Turn], vid
 
 
 def write_prompt(
-    processor: Any,
-    kind: Literal["text", "parts"] | None,
-    images: int,
-    question: str | Sequence[Turn],
-    videos: int = 0,
+    processor: Any, kind: Literal["text", "parts"] | None, images: int, question: str | Sequence[Turn], videos: int = 0
 ) -> str:
     """The text of a prompt, up to the beginning of the answer.
 
@@ -307,12 +303,10 @@ def write_prompt(
                     f"{count} {what}(s) but {marked[mark]} {mark} in the prompt; write {mark} once for each {what}, or "
                     "not at all"
                 )
-    for mark, what in ((IMAGE, "image"), (VIDEO, "video")):
+    for mark, what, one in ((IMAGE, "image", "an image"), (VIDEO, "video", "a video")):
         token = tokens.get(mark) or getattr(processor, "video_token", None)
         if token and (token != mark or mark not in tokens) and any(token in turn.text for turn in turns):
-            raise ValueError(
-                f"the prompt contains {token}, this model's {what} token; pass the {what} and write {mark} for it"
-            )
+            raise ValueError(f"the prompt contains {token}, this model's {what} token; write {mark} for {one}")
     if kind is None:
         return "\n".join(_with_tokens(turn.text, tokens) for turn in turns)
     messages = [{"role": turn.role, "content": _content(turn.text, kind, tokens)} for turn in turns]
@@ -350,6 +344,15 @@ def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.I
     """The images and the videos among ``visuals``."""
     videos = [visual for visual in visuals if isinstance(visual, DecodedVideo)]
     return [visual for visual in visuals if not isinstance(visual, DecodedVideo)], videos
+
+
+def in_order(visuals: Sequence[Image.Image | DecodedVideo], question: str) -> list[Image.Image | DecodedVideo]:
+    """``visuals`` in the order of their placeholders in a question; without placeholders, images come first."""
+    images, videos = by_kind(visuals)
+    left = {IMAGE: iter(images), VIDEO: iter(videos)}
+    marks = [mark for mark in _MARK.findall(question) if mark == IMAGE or videos]
+    ordered: list[Image.Image | DecodedVideo] = [next(left[mark]) for mark in marks]  # type: ignore[call-overload]
+    return ordered or [*images, *videos]
 
 
 def batchable(loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[int]]:

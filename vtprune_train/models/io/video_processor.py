@@ -56,12 +56,7 @@ class VideoProcessor:
     model_input_names = ("pixel_values_videos",)
 
     def __init__(
-        self,
-        config: Any,
-        image_processor: Any,
-        saved: Mapping[str, Any],
-        changes: Mapping[str, Any] | None,
-        place: str,
+        self, config: Any, image_processor: Any, saved: Mapping[str, Any], changes: Mapping[str, Any] | None, place: str
     ):
         self._config, self._image_processor, self._place = config, image_processor, place
         self._saved, self._changes = dict(saved), None if changes is None else dict(changes)
