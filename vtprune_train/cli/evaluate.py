@@ -196,7 +196,7 @@ def _ask_all(
 def _prompts(
     loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
 ) -> Iterator[tuple[Question, Prompt]]:
-    """The questions whose images and videos can be read and whose turns the chat template accepts, with their prompts."""
+    """The questions whose images and videos can be read and whose turns the chat template accepts, with prompts."""
     for question in questions:
         try:
             images = [open_image(path) for path in question.images]

@@ -142,8 +142,14 @@ def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
     """Load the model that the options choose."""
-    sampling = {name: getattr(arguments, name, None) for name in ("fps", "num_frames")}
-    return load(arguments.model, asked_method(arguments), device=arguments.device, dtype=arguments.dtype, **sampling)
+    return load(
+        arguments.model,
+        asked_method(arguments),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        fps=getattr(arguments, "fps", None),
+        num_frames=getattr(arguments, "num_frames", None),
+    )
 
 
 def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:

@@ -40,8 +40,8 @@ from vtprune_train.pruning.base import PruningMethod
 log = logging.getLogger(__name__)
 
 Prompt = tuple[Sequence[Image.Image | DecodedVideo], str | Sequence[Turn]]
-"""Images and videos, and a question or the turns up to one. ``<image>`` marks the images' places and ``<video>`` those of
-the videos; without these marks, images come first, then videos."""
+"""Images and videos, and a question or the turns up to one. ``<image>`` marks the images' places and ``<video>`` those
+of the videos; without these marks, images come first, then videos."""
 
 _MARK = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 
@@ -349,10 +349,11 @@ def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.I
 def in_order(visuals: Sequence[Image.Image | DecodedVideo], question: str) -> list[Image.Image | DecodedVideo]:
     """``visuals`` in the order of their placeholders in a question; without placeholders, images come first."""
     images, videos = by_kind(visuals)
-    left = {IMAGE: iter(images), VIDEO: iter(videos)}
     marks = [mark for mark in _MARK.findall(question) if mark == IMAGE or videos]
-    ordered: list[Image.Image | DecodedVideo] = [next(left[mark]) for mark in marks]  # type: ignore[call-overload]
-    return ordered or [*images, *videos]
+    if not marks:
+        return [*images, *videos]
+    next_image, next_video = iter(images), iter(videos)
+    return [next(next_image) if mark == IMAGE else next(next_video) for mark in marks]
 
 
 def batchable(loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[int]]:

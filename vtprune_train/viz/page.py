@@ -1,5 +1,5 @@
-"""Writes the kept tokens as a self-contained HTML file with a slider over the stages, and one over time for videos, from
-the template ``page.html``."""
+"""Writes the kept tokens as a self-contained HTML file with a slider over the stages, and one over time for videos,
+from the template ``page.html``."""
 
 from __future__ import annotations
 

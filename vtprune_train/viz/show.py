@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtprune_train.evaluation.answering import by_kind, content_of, in_order, write_prompt
+from vtprune_train.evaluation.timing import is_visual
 from vtprune_train.evaluation.videos import video_processor
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import ImageLayout
@@ -85,10 +86,7 @@ def look(
     pictures, videos = by_kind(images)
     sizes = [(image.height, image.width) for image in pictures]
     places = state_of(model).family.places(model.config, image_processor, inputs, sizes) if sizes else []
-    visual = inputs["input_ids"] == model.config.image_token_id
-    if (video_token := getattr(model.config, "video_token_id", None)) is not None:
-        visual |= inputs["input_ids"] == video_token
-    tokens = int(visual.sum())
+    tokens = int(is_visual(model.config, inputs["input_ids"]).sum())
     counted = sum(len(image_places.kinds) for image_places in places)
     if videos:
         assert layout is not None, "videos need the layout that sampled them"

@@ -150,7 +150,7 @@ def _clips(frames: Sequence[np.ndarray], metadata: Any) -> list[Clip]:
         if len(of["frames_indices"]) != len(video):
             raise ValueError(f"a video has {len(video)} frames, but {len(of['frames_indices'])} frames_indices")
     return [
-        Clip(*video.shape[1:3], tuple(of["frames_indices"]), of["total_num_frames"], of["fps"])
+        Clip(video.shape[1], video.shape[2], tuple(of["frames_indices"]), of["total_num_frames"], of["fps"])
         for of, video in zip(described, frames, strict=True)
     ]
 
