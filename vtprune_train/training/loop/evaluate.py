@@ -39,8 +39,8 @@ def evaluate(
         max_tokens: maximum number of tokens per batch, before dropping.
         mark: watchdog callback, called for every batch.
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_images: pair each sample with another sample's images, to measure how well the model does without the
-            right image.
+        shuffle_images: pair each sample with another sample's images and videos, to measure how well the model does
+            without the right ones.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
@@ -108,12 +108,15 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
 
 
 def exchange_images(collate: Collator) -> Sequence[int]:
-    """Map each sample to a different one with the same number of images, using a fixed derangement (if there are at
-    least two)."""
+    """Map each sample to a different one with the same numbers of images and videos in the same order, using a fixed
+    derangement (if there are at least two)."""
     index = collate.index
-    counts = index.num_images(np.arange(len(index)))
-    partner = np.arange(len(index))
-    for count in np.unique(counts):
-        members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))
+    samples = np.arange(len(index))
+    counts, lengths = index.num_images(samples), index.lengths(samples)
+    is_video = np.split(lengths.span_frames > 0, np.cumsum(counts)[:-1])
+    kinds = np.array([kinds.tobytes().hex() for kinds in is_video])
+    partner = samples.copy()
+    for kind in np.unique(kinds):
+        members = np.random.default_rng(0).permutation(np.flatnonzero(kinds == kind))
         partner[members] = np.roll(members, 1)
     return partner.tolist()
