@@ -47,7 +47,8 @@ def test_parts_are_text_with_images_in_it():
 
 VIDEO_TURNS = [
     Turn("user", "is <video>\n in <image> there?"), Turn("assistant", "a <cat>"),
-    Turn("user", " and <video> so ?"), Turn("assistant", "dog"), Turn("user", "<video>\n<video>"), Turn("assistant", "x"),
+    Turn("user", " and <video> so ?"), Turn("assistant", "dog"),
+    Turn("user", "<video>\n<video>"), Turn("assistant", "x"),
 ]  # fmt: skip
 QWEN = {IMAGE: "<|vs|><|img|><|ve|>", VIDEO: "<|vs|><|vid|><|ve|>"}
 LLAVA = {IMAGE: IMAGE, VIDEO: VIDEO}
@@ -65,14 +66,13 @@ def test_videos_are_written_as_in_training(template, image_first, texts):
         video=(texts[VIDEO], tokens[VIDEO]),
     )  # fmt: skip
 
-    def written(text):
-        return VISUAL.sub(lambda match: texts[match.group()], text)
+    def filled_in(text, forms):
+        return VISUAL.sub(lambda match: forms[match.group()], text)
 
     ordered = [_image_first(turn, VISUAL) for turn in VIDEO_TURNS] if image_first else VIDEO_TURNS
-    expected = "".join(written(text) for text, _ in filled.pieces(ordered, VISUAL))
+    expected = "".join(filled_in(text, texts) for text, _ in filled.pieces(ordered, VISUAL))
     for forms in (tokens, texts):
-        turns = [Turn(turn.role, VISUAL.sub(lambda match: forms[match.group()], turn.text)) for turn in VIDEO_TURNS]
-        assert rendered(source, turns) == expected
+        assert rendered(source, [Turn(turn.role, filled_in(turn.text, forms)) for turn in VIDEO_TURNS]) == expected
     kinds = {IMAGE: {"type": "image"}, VIDEO: {"type": "video"}}
     parts = [
         Turn(turn.role, [kinds.get(part, {"type": "text", "text": part}) for part in SPLIT.split(turn.text) if part])
