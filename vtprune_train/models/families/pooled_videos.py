@@ -7,8 +7,8 @@ Shape suffixes: V visual tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -110,6 +110,12 @@ class PooledVideos(ImageLayout):
         size = self.video.edges
         square = size.get("height", size.get("shortest_edge", 0)), size.get("width", size.get("shortest_edge", 0))
         return self.video.crop or square
+
+
+def videos_and_frames(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of videos and of the frames of each, from the inputs of ``get_video_features``."""
+    pixels = inputs["pixel_values" if "pixel_values" in inputs else "pixel_values_videos"]  # its name in transformers 5.17
+    return pixels.shape[0], pixels.shape[1]
 
 
 def video_inputs(images: SampleImages) -> dict[str, Tensor]:
