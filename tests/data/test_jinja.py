@@ -1,12 +1,16 @@
 """Templates of training as Jinja: the same text, piece by piece."""
 
 import dataclasses
+import re
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vtprune_train.data.chat import TEMPLATES, Template, Turn, _image_first
+from vtprune_train.core.stream import IMAGE, VIDEO
+from vtprune_train.data.chat import TEMPLATES, VISUAL, Template, Turn, _image_first
 from vtprune_train.data.jinja import chat_template
+
+SPLIT = re.compile(f"({VISUAL.pattern})")
 
 TURNS = [
     Turn("system", "Be brief."), Turn("user", "what <image>\n is {{ this }}?"), Turn("assistant", "a {% cat"),
@@ -39,3 +43,47 @@ def test_parts_are_text_with_images_in_it():
     source = chat_template(TEMPLATES["vicuna_v1"])
     parts = [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]
     assert rendered(source, [Turn("user", parts)]) == rendered(source, [Turn("user", "<image>\nwhat?")])
+
+
+VIDEO_TURNS = [
+    Turn("user", "is <video>\n in <image> there?"), Turn("assistant", "a <cat>"),
+    Turn("user", " and <video> so ?"), Turn("assistant", "dog"),
+    Turn("user", "<video>\n<video>"), Turn("assistant", "x"),
+]  # fmt: skip
+QWEN = {IMAGE: "<|vs|><|img|><|ve|>", VIDEO: "<|vs|><|vid|><|ve|>"}
+LLAVA = {IMAGE: IMAGE, VIDEO: VIDEO}
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), ODD], ids=lambda template: template.name)
+@pytest.mark.parametrize("image_first", [False, True])
+@pytest.mark.parametrize("texts", [QWEN, LLAVA], ids=["qwen", "llava"])
+def test_videos_are_written_as_in_training(template, image_first, texts):
+    """From the token of the family in a text, and from parts."""
+    filled = dataclasses.replace(template, answer=template.answer.replace("{eos}", "</s>"))
+    tokens = {IMAGE: "<|img|>", VIDEO: "<|vid|>"} if texts is QWEN else LLAVA
+    source = chat_template(
+        template, image_first=image_first, placeholder=texts[IMAGE].replace("<|img|>", IMAGE), token=tokens[IMAGE],
+        video=(texts[VIDEO], tokens[VIDEO]),
+    )  # fmt: skip
+
+    def filled_in(text, forms):
+        return VISUAL.sub(lambda match: forms[match.group()], text)
+
+    ordered = [_image_first(turn, VISUAL) for turn in VIDEO_TURNS] if image_first else VIDEO_TURNS
+    expected = "".join(filled_in(text, texts) for text, _ in filled.pieces(ordered, VISUAL))
+    for forms in (tokens, texts):
+        assert rendered(source, [Turn(turn.role, filled_in(turn.text, forms)) for turn in VIDEO_TURNS]) == expected
+    kinds = {IMAGE: {"type": "image"}, VIDEO: {"type": "video"}}
+    parts = [
+        Turn(turn.role, [kinds.get(part, {"type": "text", "text": part}) for part in SPLIT.split(turn.text) if part])
+        for turn in VIDEO_TURNS
+    ]
+    assert rendered(source, parts) == expected
+
+
+def test_spaces_around_videos_are_those_of_training():
+    """``data.tokenization: llava``: a space before each text between images and videos."""
+    template = Template("Q: {text}\n", "A:", " {text}</s>")
+    source = chat_template(template, spaces_unless=["</s>"], video=(VIDEO, VIDEO))
+    text = rendered(source, [Turn("user", "<video>is <image>in<video>\n"), Turn("assistant", "yes")])
+    assert text == " Q: <video> is <image> in<video> \n\nA: yes</s>"

@@ -10,7 +10,9 @@ import pytest
 from transformers import LlavaNextForConditionalGeneration
 
 from tests.support.checkpoints import save_data, save_images, save_run
-from vtprune_train import PyramidDrop
+from tests.support.video_runs import VideoSetup
+from tests.support.videos import moving_frames, write_video
+from vtprune_train import PyramidDrop, prune
 from vtprune_train.cli import main
 from vtprune_train.data.synthetic import write_dataset
 
@@ -32,11 +34,25 @@ def folder(tmp_path, monkeypatch):
     """What the pages name: two runs, pictures, data."""
     for name in ("llava_next_pdrop", "llava_next_pretrain"):
         save_run(tmp_path / "runs" / name, PyramidDrop(layers=(1, 2, 3)))
+    write_videos(tmp_path)
     for path, name in zip(save_images(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
         path.rename(tmp_path / name)
     save_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_videos(folder):
+    """A model that takes videos, with pruning settings, and records with a video."""
+    setup = VideoSetup("qwen3_vl", folder / "setup")
+    parts = setup.parts()
+    for part in (prune(parts.model, PyramidDrop(layers=(1, 2, 3))), parts.processor):
+        part.save_pretrained(folder / "runs" / "qwen3_vl_videos")
+    (folder / "videos").mkdir()
+    for path in ("clip.mp4", "videos/clip.mp4"):
+        write_video(folder / path, moving_frames())
+    turns = [{"from": "human", "value": "<video> what happens ?"}, {"from": "gpt", "value": "a red cat"}]
+    (folder / "videos.json").write_text(json.dumps([{"id": "a", "video": "clip.mp4", "conversations": turns}]))
 
 
 def save_original():
@@ -63,7 +79,7 @@ def test_commands(page, folder, capsys):
         out = capsys.readouterr().out
         assert out.strip() or line.startswith(("vtprune export", "vtprune convert", "vtprune train")), line
     if page == "inference.md":
-        assert len(list((folder / "runs" / "eval").iterdir())) == 3
+        assert len(list((folder / "runs" / "eval").iterdir())) == 4
         files = {path.name for path in (folder / "runs" / "eval" / "hundred").iterdir()} - {".lock"}
         named = re.findall(r"^\| `(\S+)` \|", (DOCS / page).read_text(), re.MULTILINE)
         assert files == set(named) == {"samples.jsonl", "results.json", "settings.json"}

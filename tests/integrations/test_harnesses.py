@@ -14,9 +14,15 @@ import torch
 from PIL import Image
 
 from tests.support.checkpoints import HALF, save_folder, save_images
+from tests.support.families import family_model, tokenizer
 from tests.support.harness_task import TASK, UTILS
+from tests.support.helpers import tiny_processor
+from tests.support.video_runs import VideoSetup
+from tests.support.videos import moving_frames, write_video
 from vtprune_train.evaluation.answering import answers, load
+from vtprune_train.evaluation.videos import open_video
 from vtprune_train.models.families import FAMILIES, family_of_type
+from vtprune_train.models.io.processors import build_processor
 
 pytestmark = pytest.mark.slow
 
@@ -174,17 +180,26 @@ def test_lmms_eval_refuses_other_generation_settings_by_name(asked, said):
 
 
 @needs_lmms
-def test_lmms_eval_takes_images_by_name_and_nothing_else(tmp_path):
-    from vtprune_train.integrations.lmms_eval import _open_images
+def test_lmms_eval_takes_images_and_videos_by_name_and_nothing_else(tmp_path):
+    from vtprune_train.integrations.lmms_eval import _open_visuals
 
     image = Image.new("RGB", (9, 7), "red")
     image.save(tmp_path / "a.png")
-    named, given = _open_images([str(tmp_path / "a.png"), image.convert("L")], "t", 3)
+    takes = build_processor(family_model("qwen2_vl").config, tokenizer())
+    named, given = _open_visuals([str(tmp_path / "a.png"), image.convert("L")], takes, "t", 3)
     assert named.tobytes() == image.tobytes() and given.mode == "RGB"
-    (tmp_path / "a.mp4").write_bytes(b"video")
-    for wrong, said in ((str(tmp_path / "a.mp4"), r"a\.mp4 cannot be read .*is it a video"), ([image], "not a list")):
+    path = str(write_video(tmp_path / "a.mp4", moving_frames(12), fps=4))
+    [video] = _open_visuals([path], takes, "t", 3)
+    assert video.frames.shape == (6, 48, 64, 3), "two frames per second"
+    (tmp_path / "b.mp4").write_bytes(b"video")
+    without = tiny_processor()
+    for wrong, processor, said in (
+        (str(tmp_path / "b.mp4"), takes, r"b\.mp4 cannot be read"),
+        (path, without, "LlavaNext models do not take videos"),
+        ([image], takes, "not a list"),
+    ):
         with pytest.raises(ValueError, match=rf"task t, document 3: .*{said}"):
-            _open_images([wrong], "t", 3)
+            _open_visuals([wrong], processor, "t", 3)
 
 
 @needs_lmms
@@ -300,7 +315,7 @@ def family(tmp_path):
 
 def type_is_known(*_, **__):
     assert family_of_type("kit") is not None, "the family is registered before the model is loaded"
-    return types.SimpleNamespace(model=types.SimpleNamespace(device="cpu"))
+    return types.SimpleNamespace(model=types.SimpleNamespace(device="cpu"), processor=None)
 
 
 def test_vlmevalkit_adds_a_family(vlmevalkit, family, monkeypatch):
@@ -316,6 +331,17 @@ def test_lmms_eval_adds_a_family(family, monkeypatch):
     assert integration.VTPruneSimple(pretrained="x", family=family).device == "cpu"
 
 
+def test_vlmevalkit_takes_videos(vlmevalkit, tmp_path):
+    setup = VideoSetup("qwen2_vl", tmp_path)
+    setup.parts().processor.save_pretrained(tmp_path / "model")
+    kit = vlmevalkit.VTPrune(model_path=str(tmp_path / "model"), method=HALF, max_new_tokens=6, num_frames=4)
+    path = tmp_path / "clips" / "videos" / "0.mp4"
+    said = kit.generate([{"type": "video", "value": str(path)}, {"type": "text", "value": QUESTIONS[0]}])
+    video = open_video(path, kit.loaded.processor)
+    assert kit.VIDEO_LLM and len(video.frames) == 4
+    assert said == answers(kit.loaded, [([video], f"<video>\n{QUESTIONS[0]}")], max_new_tokens=6)[0]
+
+
 def test_vlmevalkit_interface(task, vlmevalkit):
     folder, model, said = task
     rows = [json.loads(line) for line in (folder / "tasks/local_pictures/test.jsonl").read_text().splitlines()]
@@ -327,7 +353,10 @@ def test_vlmevalkit_interface(task, vlmevalkit):
     text = [{"type": "text", "value": QUESTIONS[0]}]
     image = {"type": "image", "value": rows[0]["images"][0]}
     assert dropped.generate([image, *text]) == said[0]
-    with pytest.raises(ValueError, match="message part of type 'video'"):
+    with pytest.raises(ValueError, match="message part of type 'audio'"):
+        kit.generate([{"type": "audio", "value": "a.wav"}])
+    assert not kit.VIDEO_LLM
+    with pytest.raises(ValueError, match="LlavaNext models do not take videos"):
         kit.generate([{"type": "video", "value": "a.mp4"}])
     with pytest.raises(ValueError, match=r"missing\.png"):
         kit.generate([{"type": "image", "value": str(Path("missing.png"))}, *text])

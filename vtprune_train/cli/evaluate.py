@@ -15,13 +15,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
+from vtprune_train.cli.options import (
+    add_data_options,
+    add_method_options,
+    add_model_option,
+    add_sampling_options,
+    check_least,
+    load_model,
+)
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files, reader_identity
 from vtprune_train.evaluation.answering import (
     Loaded,
     Prompt,
     batch,
+    batchable,
     open_image,
     prompt_text,
     recorded_chat,
@@ -30,6 +38,7 @@ from vtprune_train.evaluation.answering import (
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
+from vtprune_train.evaluation.videos import open_video
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import dense, is_pruned, method_of
 
@@ -44,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
     add_data_options(parser, "conversations, in any format that training reads")
+    help_text = "folder of the videos that the data names; without it, records with videos are left out"
+    parser.add_argument("--videos", metavar="DIR", help=help_text)
+    add_sampling_options(parser)
     parser.add_argument("--compare", choices=[DENSE], help="also run the dense model, alternating batch by batch")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="questions in a batch (default: 8)")
     parser.add_argument(
@@ -62,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     added = recorded_prompt(arguments.model, data)
     questions, malformed = read_questions(
         data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader,
-        recorded_chat(arguments.model),
+        recorded_chat(arguments.model), videos=None if arguments.videos is None else Path(arguments.videos),
     )  # fmt: skip
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
@@ -107,6 +119,9 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "data": str(Path(arguments.data).resolve()),
         "data_sha256": _data_digest(find_files(Path(arguments.data), arguments.reader)),
         "images": str(Path(arguments.images).resolve()),
+        **({"videos": str(Path(arguments.videos).resolve())} if arguments.videos else {}),
+        **({"fps": arguments.fps} if arguments.fps else {}),
+        **({"num_frames": arguments.num_frames} if arguments.num_frames else {}),
         **({"ignore": sorted(arguments.ignore)} if arguments.ignore else {}),
         **({"reader": reader_identity(arguments.reader)} if arguments.reader else {}),
         "limit": arguments.limit,
@@ -163,32 +178,35 @@ def _ask_all(
             progress.update(len(waiting) - len(ready))
             if not ready:
                 continue
-            inputs = batch(loaded, [prompt for _, prompt in ready])
-            if not is_warm:
-                for name in names:
-                    _measure(loaded, inputs, name, WARM_UP_TOKENS)
-                is_warm = True
             # The first of a batch alternates, so that drift during the run affects both equally.
             order = names if number % 2 == 0 else names[::-1]
-            runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
-            tokenizer = loaded.processor.tokenizer
-            ledger.append([_line(question, row, names, runs, tokenizer) for row, (question, _) in enumerate(ready)])
-            progress.update(len(ready))
+            for indices in batchable(loaded, [prompt for _, prompt in ready]):
+                asked = [ready[index] for index in indices]
+                inputs = batch(loaded, [prompt for _, prompt in asked])
+                if not is_warm:
+                    for name in names:
+                        _measure(loaded, inputs, name, WARM_UP_TOKENS)
+                    is_warm = True
+                runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
+                tokenizer = loaded.processor.tokenizer
+                ledger.append([_line(question, row, names, runs, tokenizer) for row, (question, _) in enumerate(asked)])
+                progress.update(len(asked))
     return list(unreadable.items())
 
 
 def _prompts(
     loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
 ) -> Iterator[tuple[Question, Prompt]]:
-    """The questions whose images can be read and whose turns the chat template accepts, with their prompts."""
+    """The questions whose images and videos can be read and whose turns the chat template accepts, with prompts."""
     for question in questions:
         try:
             images = [open_image(path) for path in question.images]
-            prompt_text(loaded, len(images), question.turns)
+            videos = [open_video(file, loaded.processor) for file in question.videos]
+            prompt_text(loaded, len(images), question.turns, len(videos))
         except ValueError as error:
             unreadable[question.sample] = str(error)
             continue
-        yield question, (images, question.turns)
+        yield question, ([*images, *videos], question.turns)
 
 
 def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> list[Measured]:

@@ -1,18 +1,20 @@
-"""``vtprune generate``: answer one prompt, with or without images."""
+"""``vtprune generate``: answer one prompt, with or without images and videos."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from vtprune_train.cli.options import add_method_options, add_model_option, load_model
+from vtprune_train.cli.options import add_method_options, add_model_option, add_sampling_options, load_model
 from vtprune_train.evaluation.answering import answers, open_image, prompt_text
 from vtprune_train.evaluation.timing import plans_run, visual_line
+from vtprune_train.evaluation.videos import open_video
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="F", help="image files, in order")
-    parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the question; <image> marks the place of an image"
-    )
+    help_text = "video files or folders of frames, in order"
+    parser.add_argument("--video", nargs="+", action="extend", default=[], metavar="F", help=help_text)
+    add_sampling_options(parser)
+    help_text = "the question; <image> and <video> mark the places of images and videos"
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help=help_text)
     parser.add_argument(
         "--max_new_tokens", type=int, default=64, metavar="N", help="maximum tokens of the answer (default: 64)"
     )
@@ -38,14 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
     settings = sampling(arguments)
     images = [open_image(Path(name)) for name in arguments.image]
     loaded = load_model(arguments)
-    if arguments.prompt not in prompt_text(loaded, len(images), arguments.prompt):
+    videos = [open_video(Path(name), loaded.processor) for name in arguments.video]
+    written = prompt_text(loaded, len(images), arguments.prompt, len(videos))
+    if not all(part.strip() in written for part in re.split("<image>|<video>", arguments.prompt)):
         log.warning("the chat template of this model leaves out the text of the prompt")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache = DynamicCache()
     with plans_run(loaded.model) as plans:
-        [answer] = answers(loaded, [(images, arguments.prompt)], past_key_values=cache, **settings)
-    if images and plans:
+        [answer] = answers(loaded, [([*images, *videos], arguments.prompt)], past_key_values=cache, **settings)
+    if (images or videos) and plans:
         log.info("%s", visual_line(plans[0], cache))
     if not arguments.stream:
         print(answer)

@@ -86,6 +86,14 @@ def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Que
     return read_questions(data, images, limit, arguments.seed, ignore, prompt, arguments.reader, chat)
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--fps`` and ``--num_frames``."""
+    help_text = "frames of a video to use for each second (default: the setting saved with the model)"
+    parser.add_argument("--fps", type=float, metavar="X", help=help_text)
+    help_text = "frames of a video to use in total, instead of --fps"
+    parser.add_argument("--num_frames", type=int, metavar="N", help=help_text)
+
+
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
     """Raise ``ValueError`` if an option is below its minimum in ``least``."""
     for option, number in least.items():
@@ -135,7 +143,14 @@ def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
     """Load the model that the options choose."""
-    return load(arguments.model, asked_method(arguments), device=arguments.device, dtype=arguments.dtype)
+    return load(
+        arguments.model,
+        asked_method(arguments),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        fps=getattr(arguments, "fps", None),
+        num_frames=getattr(arguments, "num_frames", None),
+    )
 
 
 def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.auto_template import AUTO, AutoTemplate, content_kind, message_of
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
@@ -25,21 +25,25 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.data.templates import build_encoder, carry, open_auto_template, stop_where_answers_end
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, joined
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, joined
+from vtprune_train.data.videos import is_video_name
+from vtprune_train.evaluation.videos import video_processor
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.build import first_line, load_any_config, open_whole, resolve_checkpoint
 from vtprune_train.models.io.method_parameters import check_trained
 from vtprune_train.models.io.peft import is_adapter, open_adapter
 from vtprune_train.models.io.processors import open_processor
+from vtprune_train.models.io.video_processor import DecodedVideo, video_keywords
 from vtprune_train.models.patch import prune, resolve_method
 from vtprune_train.pruning import CONFIG_KEY, SAVED, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod
 
 log = logging.getLogger(__name__)
 
-Prompt = tuple[Sequence[Image.Image], str | Sequence[Turn]]
-"""Images, and a question or the turns up to one. ``<image>`` marks the images' places; without it they come first."""
+Prompt = tuple[Sequence[Image.Image | DecodedVideo], str | Sequence[Turn]]
+"""Images and videos, and a question or the turns up to one. ``<image>`` marks the images' places and ``<video>`` those
+of the videos; without these marks, images come first, then videos."""
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -68,6 +72,8 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    fps: float | None = None,
+    num_frames: int | None = None,
 ) -> Loaded:
     """Load a model of any supported family for inference.
 
@@ -78,6 +84,7 @@ def load(
         device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run the code of a method outside the package that the checkpoint names.
+        fps, num_frames: frames of a video to sample for each second, or in total; ``None`` for the checkpoint's.
 
     Raises:
         ValueError: the model or processor cannot be read, the device does not exist, or the method does not fit the
@@ -91,6 +98,8 @@ def load(
     if method == SAVED:
         saved_settings(config)  # refuses an untrusted method before any weights are read
     processor = load_processor(folder, config)
+    if fps is not None or num_frames is not None:
+        processor.video_processor = video_processor(processor, "fps, num_frames").changed(fps, num_frames)
     if not sys.stderr.isatty():
         disable_progress_bar()  # in a file it would be one long line
     model = load_weights(folder, dtype).to(where).eval()
@@ -161,7 +170,8 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
         settings = _data_settings(folder)  # older checkpoints do not contain the chat template
         _, loop = trained_family(config.model_type, f"model {folder}")
         tokenization = settings.get("tokenization", "processor")
-        carry(processor, written_by(build_encoder(template, tokenizer, loop, settings["image_position"], tokenization)))
+        encoder = build_encoder(template, tokenizer, loop, settings["image_position"], tokenization)
+        carry(processor, written_by(encoder, loop))
     return processor
 
 
@@ -251,16 +261,17 @@ def open_image(path: Path | bytes) -> Image.Image:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
         name = "of the record" if isinstance(path, bytes) else path
-        raise ValueError(f"image {name} cannot be read ({error.reason})") from error
+        hint = "; pass a video as a video (--video)" if isinstance(path, Path) and is_video_name(path.name) else ""
+        raise ValueError(f"image {name} cannot be read ({error.reason}){hint}") from error
 
 
-def prompt_text(loaded: Loaded, images: int, question: str | Sequence[Turn]) -> str:
+def prompt_text(loaded: Loaded, images: int, question: str | Sequence[Turn], videos: int = 0) -> str:
     """:func:`write_prompt` for a loaded model."""
-    return write_prompt(loaded.processor, loaded.content, images, question)
+    return write_prompt(loaded.processor, loaded.content, images, question, videos)
 
 
 def write_prompt(
-    processor: Any, kind: Literal["text", "parts"] | None, images: int, question: str | Sequence[Turn]
+    processor: Any, kind: Literal["text", "parts"] | None, images: int, question: str | Sequence[Turn], videos: int = 0
 ) -> str:
     """The text of a prompt, up to the beginning of the answer.
 
@@ -269,35 +280,48 @@ def write_prompt(
         kind: see :func:`content_of`.
         images: number of images.
         question: see :data:`Prompt`.
+        videos: number of videos; without any, ``<video>`` is text.
 
     Raises:
-        ValueError: the number of ``<image>`` in the question differs from the number of images, the question contains
-            the model's image token, or the template refuses the turns.
+        ValueError: the number of ``<image>`` (or ``<video>``) in the question differs from the number of images (or
+            videos), the question contains the model's token for them, the model does not take videos, or the template
+            refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
-    marked = sum(turn.text.count(IMAGE) for turn in turns)
-    if not marked and images:
+    tokens = {IMAGE: _image_token(processor)}
+    counts = {IMAGE: ("image", images)}
+    if videos:
+        video_processor(processor)
+        tokens[VIDEO], counts[VIDEO] = processor.video_token, ("video", videos)
+    marked = {mark: sum(turn.text.count(mark) for turn in turns) for mark in counts}
+    if not any(marked.values()) and images + videos:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn("user", IMAGE * images + "\n" + turns[first].text)
-    elif marked != images:
-        raise ValueError(
-            f"{images} image(s) but {marked} {IMAGE} in the prompt; write {IMAGE} once for each image, or not at all"
-        )
-    token = _image_token(processor)
-    if token != IMAGE and any(token in turn.text for turn in turns):
-        raise ValueError(f"the prompt contains {token}, this model's image token; write {IMAGE} for an image")
+        turns[first] = Turn("user", IMAGE * images + VIDEO * videos + "\n" + turns[first].text)
+    else:
+        for mark, (what, count) in counts.items():
+            if marked[mark] != count:
+                raise ValueError(
+                    f"{count} {what}(s) but {marked[mark]} {mark} in the prompt; write {mark} once for each {what}, or "
+                    "not at all"
+                )
+    for mark, what, one in ((IMAGE, "image", "an image"), (VIDEO, "video", "a video")):
+        token = tokens.get(mark) or getattr(processor, "video_token", None)
+        if token and (token != mark or mark not in tokens) and any(token in turn.text for turn in turns):
+            raise ValueError(f"the prompt contains {token}, this model's {what} token; write {mark} for {one}")
     if kind is None:
-        return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
+        return "\n".join(_with_tokens(turn.text, tokens) for turn in turns)
     tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
-    tokens = {IMAGE: token}
-    messages = [message_of(turn, kind, IMAGE_MARK, tokens) for turn in _continued(turns)]
+    messages = [message_of(turn, kind, VISUAL if videos else IMAGE_MARK, tokens) for turn in _continued(turns)]
     begun = turns[-1].is_prefix
     try:
-        return processor.apply_chat_template(
+        text: str = processor.apply_chat_template(
             messages, tools=tools, add_generation_prompt=not begun, continue_final_message=begun
         )
     except TemplateError as error:
         raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
+    if videos and text.count(tokens[VIDEO]) != videos:
+        raise ValueError(f"the model's chat template writes no {tokens[VIDEO]} for a video; export the run again")
+    return text
 
 
 def _continued(turns: Sequence[Turn]) -> list[Turn]:
@@ -307,24 +331,70 @@ def _continued(turns: Sequence[Turn]) -> list[Turn]:
     return joined([*spoken, *last])[0]
 
 
+def _with_tokens(text: str, tokens: Mapping[str, str]) -> str:
+    return VISUAL.sub(lambda match: tokens.get(match.group(), match.group()), text)
+
+
+def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.Image], list[DecodedVideo]]:
+    """The images and the videos among ``visuals``."""
+    videos = [visual for visual in visuals if isinstance(visual, DecodedVideo)]
+    return [visual for visual in visuals if not isinstance(visual, DecodedVideo)], videos
+
+
+def in_order(visuals: Sequence[Image.Image | DecodedVideo], question: str) -> list[Image.Image | DecodedVideo]:
+    """``visuals`` in the order of their placeholders in a question; without placeholders, images come first."""
+    images, videos = by_kind(visuals)
+    marks = [mark for mark in VISUAL.findall(question) if mark == IMAGE or videos]
+    if not marks:
+        return [*images, *videos]
+    next_image, next_video = iter(images), iter(videos)
+    return [next(next_image) if mark == IMAGE else next(next_video) for mark in marks]
+
+
+def batchable(loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Indices of the prompts that can be one batch: all of them, but in families whose models take the frames of all
+    videos as one tensor, those with equally many frames (and those without videos)."""
+    frames = [{len(video.frames) for video in by_kind(visuals)[1]} for visuals, _ in prompts]
+    if not any(frames) or not video_processor(loaded.processor).layout.stacks_videos:
+        return [list(range(len(prompts)))]
+    groups: dict[int, list[int]] = {}
+    for index, counts in enumerate(frames):
+        groups.setdefault(max(counts, default=0), []).append(index)
+    return list(groups.values())
+
+
 def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     """Inputs of ``generate`` for several prompts, on the model's device: ``input_ids`` [B, L] padded on the left, and
     the pixels of all images.
 
     Raises:
-        ValueError: see :func:`prompt_text`.
+        ValueError: see :func:`prompt_text`; or the prompts cannot be one batch, see :func:`batchable`.
     """
-    texts = [prompt_text(loaded, len(images), question) for images, question in prompts]
+    media = [by_kind(visuals) for visuals, _ in prompts]
+    texts = [
+        prompt_text(loaded, len(images), question, len(videos))
+        for (images, videos), (_, question) in zip(media, prompts, strict=True)
+    ]
     if not all(texts):
-        raise ValueError("the prompt is empty and has no image; write a question")
-    images = [image for prompt_images, _ in prompts for image in prompt_images]
+        raise ValueError("the prompt is empty and has no image or video; write a question")
+    images = [image for of_prompt, _ in media for image in of_prompt]
+    videos = [video for _, of_prompt in media for video in of_prompt]
     bos = loaded.processor.tokenizer.bos_token
     complete = bos is not None and texts[0].startswith(bos)
     inputs = loaded.processor(
-        images=images or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
+        images=images or None,
+        text=texts,
+        padding=True,
+        add_special_tokens=not complete,
+        return_tensors="pt",
+        **video_keywords(videos),
     )
     inputs.pop("token_type_ids", None)
-    return inputs.to(loaded.model.device, loaded.model.dtype)
+    seconds = inputs.get("second_per_grid_ts")
+    inputs = inputs.to(loaded.model.device, loaded.model.dtype)
+    if seconds is not None:  # times lose positions in half precision
+        inputs["second_per_grid_ts"] = torch.as_tensor(seconds, dtype=torch.float32, device=loaded.model.device)
+    return inputs
 
 
 def decoded(loaded: Loaded, inputs: Any, sequences: torch.Tensor) -> list[str]:
@@ -335,20 +405,24 @@ def decoded(loaded: Loaded, inputs: Any, sequences: torch.Tensor) -> list[str]:
 
 
 def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
-    """Generate one batch of answers, greedily by default.
+    """Generate answers, greedily by default, in one batch if the prompts can be one (see :func:`batchable`).
 
     Args:
         loaded: see :func:`load`.
-        prompts: images and questions.
+        prompts: images, videos and questions.
         generation: keywords of ``generate``, for example ``max_new_tokens``.
 
     Raises:
         ValueError: see :func:`prompt_text`.
     """
-    inputs = batch(loaded, prompts)
-    with torch.inference_mode():
-        sequences = loaded.model.generate(**inputs, **{**GREEDY, **padding(loaded), **generation})
-    return decoded(loaded, inputs, sequences)
+    said = [""] * len(prompts)
+    for group in batchable(loaded, prompts):
+        inputs = batch(loaded, [prompts[index] for index in group])
+        with torch.inference_mode():
+            sequences = loaded.model.generate(**inputs, **{**GREEDY, **padding(loaded), **generation})
+        for index, answer in zip(group, decoded(loaded, inputs, sequences), strict=True):
+            said[index] = answer
+    return said
 
 
 def padding(loaded: Loaded) -> dict[str, Any]:

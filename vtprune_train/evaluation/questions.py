@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.chat import Turn
-from vtprune_train.data.records import NO_PROMPT, Prompt, read_records
+from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt, read_records
+from vtprune_train.data.visuals import VisualFile
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Question:
         turns: the conversation up to the question, with the reference answers.
         images: the images in these turns, in order.
         reference: the reference answer.
+        videos: the videos in these turns, in order.
     """
 
     key: str
@@ -32,6 +34,7 @@ class Question:
     turns: tuple[Turn, ...]
     images: tuple[Path | bytes, ...]
     reference: str
+    videos: tuple[VisualFile, ...] = ()
 
 
 def read_questions(
@@ -43,6 +46,8 @@ def read_questions(
     prompt: Prompt = NO_PROMPT,
     reader: str = "",
     chat: bool = False,
+    *,
+    videos: Path | None = None,
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in one of the formats of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of
     malformed records.
@@ -56,9 +61,11 @@ def read_questions(
         prompt: added to each conversation, see :func:`vtprune_train.evaluation.answering.recorded_prompt`.
         reader: path of a reader outside the package.
         chat: see :func:`vtprune_train.data.records.normalize`.
+        videos: folder of its videos; ``None`` if records with videos are left out.
 
     Raises:
-        ValueError: the file cannot be read, ``limit`` is below 1, there is no question, or no image is in ``images``.
+        ValueError: the file cannot be read, ``limit`` is below 1, there is no question, or no image is in ``images`` or
+            no video in ``videos``.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit={limit}: must be at least 1; leave it out for all records")
@@ -77,8 +84,10 @@ def read_questions(
         num_records += 1
         if row.error:
             malformed.append((row.id, row.error))
+        elif row.videos and videos is None:
+            malformed.append((row.id, "it has a video, but no folder of videos is given (`vtprune eval --videos DIR`)"))
         else:
-            questions += _questions_of(number, row.id, prompt.apply(row).turns, row.image_files(images))
+            questions += _questions_of(number, prompt.apply(row), images, videos or images)
     if not questions:
         first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
         raise ValueError(f"data file {data} has no question in {num_records} record(s){first}")
@@ -89,17 +98,29 @@ def read_questions(
         raise ValueError(
             f"--images {images}: none of the {len(files)} images that {data} names exists; the first: {min(files)}"
         )
+    clips = {video.source for question in questions for video in question.videos if isinstance(video.source, Path)}
+    if clips and not any(clip.exists() for clip in clips):
+        raise ValueError(
+            f"--videos {videos}: none of the {len(clips)} videos that {data} names exists; the first: {min(clips)}"
+        )
     return questions, malformed
 
 
-def _questions_of(number: int, sample: str, turns: Sequence[Turn], images: list[Path | bytes]) -> list[Question]:
+def _questions_of(number: int, row: Conversation, images: Path, videos: Path) -> list[Question]:
+    files = row.image_files(images)
+    clips = [file for file in row.files(images, videos) if file.is_video]
     questions = []
-    for place, turn in enumerate(turns):
+    for place, turn in enumerate(row.turns):
         if turn.role == "assistant" and not turn.is_prefix:
-            before = tuple(turns[:place])
-            num_images = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role in ("user", "tool"))
-            key = f"{number}:{place}:{sample}"
-            questions.append(Question(key, sample, before, tuple(images[:num_images]), turn.text))
+            before = row.turns[:place]
+            num_images, num_videos = (
+                sum(earlier.text.count(mark) for earlier in before if earlier.role in ("user", "tool"))
+                for mark in (IMAGE, VIDEO)
+            )
+            key = f"{number}:{place}:{row.id}"
+            questions.append(
+                Question(key, row.id, before, tuple(files[:num_images]), turn.text, tuple(clips[:num_videos]))
+            )
     return questions
 
 

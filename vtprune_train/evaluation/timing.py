@@ -81,6 +81,13 @@ class _AtFirstToken(LogitsProcessor):
         return scores
 
 
+def is_visual(config: Any, input_ids: Tensor) -> Tensor:
+    """Whether each token is one of an image or video, bool like ``input_ids``."""
+    of_images: Tensor = input_ids == config.image_token_id
+    video_token = getattr(config, "video_token_id", None)
+    return of_images if video_token is None else of_images | (input_ids == video_token)
+
+
 def now(device: torch.device) -> float:
     """The time in seconds, after synchronizing ``device``."""
     if device.type == "cuda":
@@ -138,7 +145,7 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
     assert first.prefill_end is not None
     rows = len(sequences)
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
-    before = (inputs["input_ids"] == loaded.model.config.image_token_id).sum(dim=1).tolist()
+    before = is_visual(loaded.model.config, inputs["input_ids"]).sum(dim=1).tolist()
     flops = _prefill_flops(loaded, plans[0] if plans else None, prompts)
     measured = []
     for row, answer in enumerate(decoded(loaded, inputs, sequences)):

@@ -3,8 +3,9 @@
 lmms-eval finds this module through the package's entry point ``lmms_eval.models``. Model arguments: ``pretrained`` (as
 in ``vtprune generate --model``), ``method`` (``saved``, ``none`` or the name of a method) with the method's settings,
 lists separated by slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``family`` (``path/to/file.py:FAMILY``, for a model
-of a family outside the package), ``device``, ``dtype``, ``batch_size``, and ``trust_remote_code`` (run the code of a
-method that the checkpoint names). With ``accelerate launch`` or ``torchrun``,
+of a family outside the package), ``device``, ``dtype``, ``batch_size``, ``fps`` or ``num_frames`` (frames of a video,
+instead of the checkpoint's settings), and ``trust_remote_code`` (run the code of a method that the checkpoint names).
+With ``accelerate launch`` or ``torchrun``,
 each process answers its share of the documents on its own GPU.
 """
 
@@ -39,14 +40,18 @@ from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from vtprune_train.cli.options import takes_list  # noqa: E402
-from vtprune_train.core.stream import IMAGE  # noqa: E402
+from vtprune_train.core.stream import IMAGE, VIDEO  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
+from vtprune_train.data.videos import is_video_name  # noqa: E402
 from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_image  # noqa: E402
+from vtprune_train.evaluation.videos import open_video  # noqa: E402
 from vtprune_train.models.families import register_family  # noqa: E402
+from vtprune_train.models.io.video_processor import DecodedVideo  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 
 log = logging.getLogger(__name__)
 
+MARKS = {"image": IMAGE, "video": VIDEO}
 MAX_NEW_TOKENS = 1024  # lmms-eval's default
 AUTO_BATCH = 32  # initial size for --batch_size auto; halved when the GPU runs out of memory
 LENGTH, STOPS = ("max_new_tokens", "max_gen_toks"), ("until", "stop_sequences")  # names of the same setting
@@ -71,6 +76,8 @@ class _VTPrune(lmms):
         max_batch_size: int | None = None,
         trust_remote_code: bool | str = False,
         family: str | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -90,7 +97,13 @@ class _VTPrune(lmms):
         where = _device_of_rank(device, self.accelerator)
         trusted = str(trust_remote_code).lower() == "true"
         self.loaded: Loaded | None = load(
-            str(pretrained), pruning, device=where, dtype=dtype, trust_remote_code=trusted
+            str(pretrained),
+            pruning,
+            device=where,
+            dtype=dtype,
+            trust_remote_code=trusted,
+            fps=None if fps is None else float(fps),
+            num_frames=None if num_frames is None else int(num_frames),
         )
         self.device = self.loaded.model.device
 
@@ -146,39 +159,47 @@ class VTPruneChat(_VTPrune):
         _, to_messages, _, doc_id, task, split = request.args
         conversation = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = conversation.extract_media()
-        if videos or audios:
-            raise ValueError(f"task {task}, document {doc_id}: vtprune supports images, not videos or audio")
+        if audios:
+            raise ValueError(f"task {task}, document {doc_id}: vtprune supports images and videos, not audio")
         turns = []
         for message in conversation.to_hf_messages():
-            parts = [IMAGE + "\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+            parts = [
+                f"{MARKS[part['type']]}\n" if part["type"] in MARKS else part["text"] for part in message["content"]
+            ]
             turns.append(Turn(message["role"], "".join(parts)))
-        return _open_images(images, task, doc_id), turns
+        assert self.loaded is not None
+        return _open_visuals([*images, *videos], self.loaded.processor, task, doc_id), turns
 
 
 class VTPruneSimple(_VTPrune):
-    """For tasks with a question and its images."""
+    """For tasks with a question and its images or videos."""
 
     is_simple = True
 
     def prompt(self, request: Instance) -> Prompt:
         context, _, to_visual, doc_id, task, split = request.args
-        return _open_images(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
+        assert self.loaded is not None
+        visuals = to_visual(self.task_dict[task][split][doc_id]) or []
+        return _open_visuals(visuals, self.loaded.processor, task, doc_id), context
 
 
-def _open_images(visuals: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
-    """The images of a document in RGB, from images or file names. Errors name the document."""
-    place = f"task {task}, document {document}"
-    images = []
-    for image in visuals:
-        if isinstance(image, str):
-            try:
-                image = open_image(Path(image))
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}; vtprune supports images only (is it a video?)") from error
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"{place}: vtprune supports images, not a {type(image).__name__} (a video?)")
-        images.append(image.convert("RGB"))
-    return images
+def _open_visuals(visuals: Sequence[Any], processor: Any, task: str, document: Any) -> list[Image.Image | DecodedVideo]:
+    """The images of a document in RGB, from images or file names, and its videos, from file names. Errors name the
+    document."""
+    opened: list[Image.Image | DecodedVideo] = []
+    for visual in visuals:
+        try:
+            if isinstance(visual, str | Path):
+                path = Path(visual)
+                is_video = is_video_name(path.name) or path.is_dir()
+                opened.append(open_video(path, processor) if is_video else open_image(path))
+            elif isinstance(visual, Image.Image):
+                opened.append(visual.convert("RGB"))
+            else:
+                raise ValueError(f"vtprune supports images and names of files, not a {type(visual).__name__}")
+        except ValueError as error:
+            raise ValueError(f"task {task}, document {document}: {error}") from error
+    return opened
 
 
 def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:

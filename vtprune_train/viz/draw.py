@@ -54,10 +54,19 @@ class ImageStages:
         counts = self.places.counts(self.kept[0])
         return [kind for kind in ("base", "grid") if counts.get(kind) or (kind == "grid" and counts.get("newline"))]
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of tokens at each stage."""
+        return [len(tokens) for tokens in self.kept]
+
     def totals(self, stage: int) -> str:
         """For example ``288 of 576 tokens (50%)``."""
-        kept, total = len(self.kept[stage]), len(self.kept[0])
-        return f"{kept} of {total} tokens ({100 * kept / total:.3g}%)"
+        return share_of(self.counts[stage], self.counts[0])
+
+
+def share_of(kept: int, total: int) -> str:
+    """For example ``288 of 576 tokens (50%)``."""
+    return f"{kept} of {total} tokens ({100 * kept / total:.3g}%)"
 
 
 def draw(images: Sequence[ImageStages], stages: Sequence[str], title: str = "") -> Image.Image:
@@ -77,20 +86,20 @@ def draw(images: Sequence[ImageStages], stages: Sequence[str], title: str = "") 
         if len(item.kept) != len(stages):
             raise ValueError(f"an image has tokens of {len(item.kept)} stages, but {len(stages)} stages are named")
     width = 2 * MARGIN + len(stages) * (PANEL[0] + STRIP + 4) + (len(stages) - 1) * GAP
-    lines = _wrapped(title, width - 2 * MARGIN)
+    lines = wrapped(title, width - 2 * MARGIN)
     top = MARGIN + len(lines) * 28 + (12 if lines else 0)
     blocks = [_block_height(item) for item in images]
     canvas = Image.new("RGB", (width, top + 44 + sum(blocks) + GAP * (len(blocks) - 1) + MARGIN), PAPER)
     pen = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
-        pen.text((MARGIN, MARGIN + 28 * number), line, INK, _font(20, bold=True))
+        pen.text((MARGIN, MARGIN + 28 * number), line, INK, font(20, bold=True))
     for column, heading in enumerate(stages):
         left = MARGIN + column * (PANEL[0] + STRIP + 4 + GAP)
-        pen.text((left, top), heading, INK, _font(16, bold=True))
+        pen.text((left, top), heading, INK, font(16, bold=True))
         below = top + 30
         for number, (item, height) in enumerate(zip(images, blocks, strict=True), start=1):
             name = f"image {number}: " if len(images) > 1 else ""
-            pen.text((left, below), name + item.totals(column), SOFT, _font(14))
+            pen.text((left, below), name + item.totals(column), SOFT, font(14))
             _draw_panels(canvas, item, column, left, below + LINE)
             below += height + GAP
     return canvas
@@ -131,11 +140,11 @@ def _draw_panels(canvas: Image.Image, item: ImageStages, stage: int, left: int, 
     for kind in item.panels():
         pen.rectangle((left - 1, y - 1, left + size[0], y + size[1]), outline=RULE)
         canvas.paste(panel(item, stage, kind, size), (left, y))
-        pen.text((left, y + size[1] + 5), f"{kind} {kept.get(kind, 0)} of {total.get(kind, 0)}", INK, _font(13))
+        pen.text((left, y + size[1] + 5), f"{kind} {kept.get(kind, 0)} of {total.get(kind, 0)}", INK, font(13))
         if kind == "grid" and "newline" in total:
             _draw_newlines(pen, item, stage, (left + size[0] + 4, y))
             words = f"newline {kept['newline']} of {total['newline']}"
-            pen.text((left + PANEL[0] + STRIP + 4, y + size[1] + 5), words, NEWLINE_KEPT, _font(13), anchor="ra")
+            pen.text((left + PANEL[0] + STRIP + 4, y + size[1] + 5), words, NEWLINE_KEPT, font(13), anchor="ra")
         y += size[1] + LINE + 10
 
 
@@ -151,12 +160,12 @@ def _draw_newlines(pen: ImageDraw.ImageDraw, item: ImageStages, stage: int, corn
         pen.rectangle((left, top + above, left + STRIP - 1, top + last), fill)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int) -> list[str]:
     """Wrap ``text`` to lines of at most ``width`` pixels in the font of the title."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _font(20, bold=True).getlength(longer) <= width:
+        if lines and font(20, bold=True).getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -164,7 +173,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans from matplotlib's files."""
     import matplotlib  # imported here, because training does not need it
 

@@ -103,8 +103,8 @@ def test_families_that_are_only_asked_need_no_torchvision_either(tmp_path, name)
     loaded.save_pretrained(tmp_path / "again")
     model.config.save_pretrained(tmp_path / "again")
     assert_same_inputs(inputs_of(opened(tmp_path / "again")), made)
-    with pytest.raises(ValueError, match="pass their frames as images"):
-        loaded(text=["a"], videos=[[IMAGE]])
+    with pytest.raises(ValueError, match=r"1 video\(s\) need as many video_metadata, each with fps"):
+        loaded(text=[loaded.video_token], videos=[[IMAGE]])
 
 
 @pytest.mark.parametrize("place", ["nested", "video_preprocessor_config.json", "preprocessor_config.json"])

@@ -101,7 +101,7 @@ class Collator:
         lengths = self.index.lengths([sample, image_sample])
         supervised = int((chat.labels >= 0).sum())
         runs = sum(len(of.runs) for of in tokens)
-        if image_sample == sample or not image_record.videos:  # the text of another video may have other timestamps
+        if image_sample == sample or not (record.videos or image_record.videos):  # timestamps of another video differ
             self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
         self._compare(sample, "images and videos", len(sizes), int((lengths.span_sample == 0).sum()))

@@ -68,6 +68,8 @@ class Loop:
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
         videos: how videos are sampled and prepared by default; the layout then takes videos.
         video_token: the video token in the vocabulary; empty if frames have the image token.
+        template_image, template_video: text of an image and of a video in a chat template; ``<image>`` and ``<video>``
+            in it are the tokens that the family's processor expands. ``None``: the ``placeholder``.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -82,6 +84,8 @@ class Loop:
     placeholder: str = IMAGE
     videos: VideoSettings | Lacks = Lacks(NO_VIDEO)
     video_token: str = VIDEO
+    template_image: str | None = None
+    template_video: str = VIDEO
     needs_checkpoint: bool = False
 
     @property

@@ -236,6 +236,7 @@ FAMILY = Family(
         untrained=_untrained,
         image_token="<IMG_CONTEXT>",
         placeholder=PLACEHOLDER,
+        template_image=IMAGE,
         videos=VideoSettings(Sampling("middle", None, 8), (("height", 448), ("width", 448))),
         video_token="",
         needs_checkpoint=True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import SegmentLayout
-from vtprune_train.models.families.places import Places
+from vtprune_train.models.families.places import Places, grid_places
 
 if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
@@ -152,6 +152,8 @@ class ImageLayout(ImageGeometry):
     :meth:`video_tokens`, :meth:`video_pixels` and :meth:`placeholder`.
     """
 
+    stacks_videos: ClassVar[bool] = True
+    """Whether the model takes the frames of all videos as one tensor, so that they must be equally many."""
     video: Any = None
 
     def with_videos(self, settings: Any) -> ImageLayout:
@@ -213,6 +215,11 @@ class ImageLayout(ImageGeometry):
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
         """The vision tower's input for a video, [tiles, ...] float32, from its frames [T, height, width, 3] uint8."""
         raise ValueError(f"{type(self).__name__} does not take videos")
+
+    def frame_places(self, clip: Clip) -> Places:
+        """Positions of the visual tokens of one step in time in its frame."""
+        rows, columns = self.video_tokens(clip).grids[0]
+        return grid_places(*clip.size, rows, columns)
 
     def placeholder(self, visual: Visual) -> str | None:
         """The text that the family writes for an image or video, with ``<image>`` or ``<video>`` for each run of its

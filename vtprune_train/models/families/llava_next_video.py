@@ -14,7 +14,7 @@ from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import llava_vicuna_7b
 from vtprune_train.models.families.layout import Grids, SampleImages, VisionInputs
 from vtprune_train.models.families.llava_next import AnyRes
-from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs
+from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs, videos_and_frames
 from vtprune_train.models.families.towers import (
     after_features,
     check_class_token_is_dropped,
@@ -63,7 +63,7 @@ class NextVideo(AnyRes, PooledVideos):
 
 def _videos(config: Any, inputs: Mapping[str, Any]) -> list[tuple[Grids, int]]:
     """For each video, one grid of pooled tokens for each frame."""
-    number, frames = inputs["pixel_values_videos"].shape[:2]
+    number, frames = videos_and_frames(inputs)
     side = patch_grid(config.vision_config)[0] // config.spatial_pool_stride
     return [(((side, side),) * frames, frames)] * number
 

@@ -22,7 +22,7 @@ from vtprune_train.models.families.known import QWEN2_7B
 from vtprune_train.models.families.layout import NEWLINE, Grids, SampleImages, Size, TokenPatches, VisionInputs
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
-from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs
+from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs, videos_and_frames
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
 from vtprune_train.models.families.videos import Sampling, VideoSettings
 
@@ -186,7 +186,7 @@ def pooled_side(patches: int) -> int:
 
 def _videos(config: Any, inputs: Mapping[str, Any]) -> list[tuple[Grids, int]]:
     """For each video, one grid of pooled tokens for each frame, and the newline token at the end."""
-    number, frames = inputs["pixel_values_videos"].shape[:2]
+    number, frames = videos_and_frames(inputs)
     side = pooled_side(config.vision_config.image_size // config.vision_config.patch_size)
     return [(((side, side),) * frames + ((1, 1),), frames)] * number
 

@@ -7,8 +7,8 @@ Shape suffixes: V visual tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from vtprune_train.models.families.layout import (
     VisualTokens,
     check_aspect,
 )
+from vtprune_train.models.families.places import Places, edges
 from vtprune_train.models.families.videos import VideoSettings
 
 
@@ -56,11 +57,22 @@ class PooledVideos(ImageLayout):
     def _resized(self, clip: Clip) -> tuple[int, int]:
         """Height and width of the resized frames, before the crop."""
         assert self.video is not None, "the layout was built without videos"
-        edges, (height, width) = self.video.edges, clip.size
-        if "height" in edges:
-            return edges["height"], edges["width"]
-        short, long = edges["shortest_edge"], int(edges["shortest_edge"] * max(height, width) / min(height, width))
+        size, (height, width) = self.video.edges, clip.size
+        if "height" in size:
+            return size["height"], size["width"]
+        short, long = size["shortest_edge"], int(size["shortest_edge"] * max(height, width) / min(height, width))
         return (short, long) if height <= width else (long, short)
+
+    def frame_places(self, clip: Clip) -> Places:
+        """Positions in the frame; what the central crop cuts off belongs to no token."""
+        assert self.video is not None, "the layout was built without videos"
+        resized = self._resized(clip)
+        kept = self.video.crop or resized
+        sides = []
+        for original, whole, cut in zip(clip.size, resized, kept, strict=True):
+            prepared = np.linspace(0, cut, self.frame_side + 1)
+            sides.append(edges(prepared, original, whole, -round((whole - cut) / 2)))
+        return Places.of_grid(clip.size, *sides)
 
     def placeholder(self, visual: Visual) -> str | None:
         return VIDEO if isinstance(visual, Clip) else None
@@ -95,9 +107,17 @@ class PooledVideos(ImageLayout):
 
     def _blank_frame(self) -> tuple[int, int]:
         assert self.video is not None, "the layout was built without videos"
-        edges = self.video.edges
-        square = edges.get("height", edges.get("shortest_edge", 0)), edges.get("width", edges.get("shortest_edge", 0))
+        size = self.video.edges
+        square = size.get("height", size.get("shortest_edge", 0)), size.get("width", size.get("shortest_edge", 0))
         return self.video.crop or square
+
+
+def videos_and_frames(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of videos and of the frames of each, from the inputs of ``get_video_features``."""
+    pixels = inputs[
+        "pixel_values" if "pixel_values" in inputs else "pixel_values_videos"
+    ]  # its name in transformers 5.17
+    return pixels.shape[0], pixels.shape[1]
 
 
 def video_inputs(images: SampleImages) -> dict[str, Tensor]:

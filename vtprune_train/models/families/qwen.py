@@ -76,6 +76,7 @@ class MergedPatches(ImageLayout):
     ``min_pixels`` to ``max_pixels``; ``tower`` has the sizes of the vision tower."""
 
     unit: ClassVar[str] = "patches"
+    stacks_videos: ClassVar[bool] = False
 
     tower: TowerShape
     temporal_patch_size: int
@@ -377,6 +378,7 @@ def patch_loop(saved: Callable[[Any], SavedByTower], **more: Any) -> Loop:
         "placeholder": VISION.format(IMAGE),
         "videos": FRAMES_OF_ANY_SIZE,
         "video_token": "<|video_pad|>",
+        "template_video": VISION.format(VIDEO),
         "needs_checkpoint": True,
     }
     return Loop(**{**fields, **more})

@@ -1,9 +1,9 @@
 """Builds the processor of a model (image processor, tokenizer, settings), the same in training and inference.
 
 It is built from its parts, because transformers' ``AutoProcessor`` also builds a video processor for some families,
-which requires torchvision. Images are always processed by the PIL backend, even if torchvision is installed, so that
-inference uses the same pixels as training. The settings of a checkpoint's video processor are saved with the processor,
-where ``AutoProcessor`` finds them.
+which requires torchvision; a :class:`~vtprune_train.models.io.video_processor.VideoProcessor` takes its place. Images
+are always processed by the PIL backend, even if torchvision is installed, so that inference uses the same pixels as
+training. The settings of videos are saved with the processor, where ``AutoProcessor`` finds them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vtprune_train.files.parse import read_json_object
 from vtprune_train.models.families import family_of_type
 from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.io.build import first_line, resolve_checkpoint
+from vtprune_train.models.io.video_processor import VideoProcessor
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,11 @@ def open_processor(folder: str, config: PreTrainedConfig) -> Any:
 
 
 def build_processor(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None, max_pixels: int | None = None
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | None = None,
+    max_pixels: int | None = None,
+    video: Mapping[str, Any] | None = None,
 ) -> Any:
     """The processor of a model.
 
@@ -60,6 +66,8 @@ def build_processor(
         tokenizer: the model's tokenizer.
         path: the model's checkpoint, whose other settings are used.
         max_pixels: see :func:`build_image_processor`.
+        video: the settings of a run with videos, see :func:`~vtprune_train.models.families.videos.video_settings`; they
+            are saved with the processor.
 
     Raises:
         ValueError: a file of the processor is damaged, or the tokenizer lacks a token that the processor needs.
@@ -68,7 +76,7 @@ def build_processor(
     saved = read_settings(path, PROCESSOR_FILE)
     settings = {**_processor_settings(path, saved), **_counting(config, saved, path)}
     named = processor_class_from_name(name) if (name := (saved or {}).get("processor_class")) else None
-    processor_class = _without_videos(named or PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
+    processor_class = _without_torchvision(named or PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
     parts = {"image_processor": build_image_processor(config, path, max_pixels), "tokenizer": tokenizer}
     try:
         processor = processor_class.from_args_and_dict([], settings, **parts)
@@ -86,8 +94,17 @@ def build_processor(
         )
     if processor.chat_template is None:
         processor.chat_template = getattr(tokenizer, "chat_template", None)
-    processor.__dict__["_video_settings"] = saved_video_settings(path, parts["image_processor"])
+    settings = saved_video_settings(path, parts["image_processor"])
+    processor.__dict__["_video_settings"] = settings
+    if _takes_videos(config):
+        place = f"model {path or config.model_type}"
+        processor.video_processor = VideoProcessor(config, parts["image_processor"], settings, video, place)
     return processor
+
+
+def _takes_videos(config: PreTrainedConfig) -> bool:
+    family = family_of_type(config.model_type)
+    return family is not None and not isinstance(family.loop, Lacks) and not isinstance(family.loop.videos, Lacks)
 
 
 def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels: int | None = None) -> Any:
@@ -232,13 +249,14 @@ def saved_video_settings(path: str | None, image_processor: Any) -> dict[str, An
 
 
 @functools.cache
-def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A processor class of the same name without a video processor; ``processor_class`` itself if it has none."""
+def _without_torchvision(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A processor class of the same name that is built without transformers' video processor; ``processor_class``
+    itself if it has none."""
     attributes = processor_class.get_attributes()
     if "video_processor" not in attributes:
         return processor_class
 
-    class ImagesOnly(processor_class):  # type: ignore[misc, valid-type]
+    class WithoutTorchvision(processor_class):  # type: ignore[misc, valid-type]
         def __new__(cls, *_: Any, **__: Any) -> Any:
             made = super().__new__(cls)
             made.__dict__["get_attributes"] = lambda: attributes  # __init__ passes all parts by position
@@ -254,23 +272,24 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
             return [name for name in attributes if name != "video_processor"]
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **keywords: Any) -> BatchFeature:
-            if videos is not None:
-                raise ValueError("videos are not supported; pass their frames as images")
-            return super().__call__(images=images, text=text, **keywords)
+            if videos is not None and not hasattr(self, "video_processor"):
+                raise ValueError("this model does not take videos; pass their frames as images")
+            return super().__call__(images=images, text=text, videos=videos, **keywords)
 
         def to_dict(self) -> dict[str, Any]:
             settings = super().to_dict()
-            video = self.__dict__.get("_video_settings")
+            own = self.__dict__.get("video_processor")
+            video = self.__dict__.get("_video_settings") if own is None else own.to_dict()
             return settings if video is None else {**settings, "video_processor": video}
 
         def __reduce__(self) -> Any:  # pickle cannot find a class that was defined in a function
             return _empty, (processor_class,), self.__dict__
 
-    ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
-    return ImagesOnly
+    WithoutTorchvision.__name__ = WithoutTorchvision.__qualname__ = processor_class.__name__
+    return WithoutTorchvision
 
 
 def _empty(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
     """An empty instance, for unpickling."""
-    made: ProcessorMixin = object.__new__(_without_videos(processor_class))  # type: ignore[arg-type]
+    made: ProcessorMixin = object.__new__(_without_torchvision(processor_class))  # type: ignore[arg-type]
     return made

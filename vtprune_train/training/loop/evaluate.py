@@ -108,13 +108,16 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
 
 
 def exchange_images(collate: Collator) -> Sequence[int]:
-    """Map each sample to a different one with the same numbers of images and videos, using a fixed derangement (if
-    there are at least two)."""
-    lengths = collate.index.lengths(np.arange(len(collate.index)))
-    counts = np.zeros((len(collate.index), 2), dtype=np.int64)  # of images and of videos
-    np.add.at(counts, (lengths.span_sample, (lengths.span_frames > 0).astype(np.int64)), 1)
-    partner = np.arange(len(counts))
-    for same in np.unique(counts, axis=0):
-        members = np.random.default_rng(0).permutation(np.flatnonzero((counts == same).all(axis=1)))
+    """Map each sample to a different one with the same numbers of images and videos in the same order, using a fixed
+    derangement (if there are at least two)."""
+    index = collate.index
+    samples = np.arange(len(index))
+    lengths = index.lengths(samples)
+    counts = np.bincount(lengths.span_sample, minlength=len(samples))
+    is_video = np.split(lengths.span_frames > 0, np.cumsum(counts)[:-1])
+    kinds = np.array([kinds.tobytes().hex() for kinds in is_video])
+    partner = samples.copy()
+    for kind in np.unique(kinds):
+        members = np.random.default_rng(0).permutation(np.flatnonzero(kinds == kind))
         partner[members] = np.roll(members, 1)
     return partner.tolist()

@@ -28,7 +28,7 @@ from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.loop.layout import build_layout
+from vtprune_train.training.loop.layout import build_layout, has_videos
 from vtprune_train.training.loop.sample import open_encoder, template_misfits, template_of, training_texts
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,9 @@ def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     if ranks.rank() == 0:
         for line in template_misfits(config, encoder):
             log.warning("%s", line)
-    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
-    carry(processor, written_by(encoder))
+    video = config.data.video.model_dump() if has_videos(config) else None
+    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels, video)
+    carry(processor, written_by(encoder, loop))
     stop_where_answers_end(model, tokenizer, encoder.template, warn=ranks.rank() == 0)
     layout = build_layout(config, loop, model.config, processor.image_processor, config.model.path)
     return Parts(model, processor, encoder, layout)
