@@ -123,6 +123,7 @@ def test_the_planner_counts_what_the_batches_do(parts, phases):
             supervised=np.array([(chat.labels >= 0).sum() for chat in chats]),
             span_tokens=np.array([n for of in tokens for n in of], dtype=int),
             span_tiles=np.array([n for of in tiles for n in of], dtype=int),
+            span_frames=np.zeros(sum(len(of) for of in tokens), dtype=int),
             span_sample=np.repeat(np.arange(len(samples)), [len(t) for t in tokens]),
         )
 

@@ -93,7 +93,7 @@ def test_a_wrong_setting_is_refused_by_a_dry_run(folder, capsys, override, words
     ("name", "words"),
     [
         ("tinny.yaml", "--config: tinny.yaml does not exist; the package has configs/internvl_pdrop.yaml, "),
-        ("tinny.yaml", "configs/qwen2_5_vl_pdrop.yaml, configs/qwen3_vl_pdrop.yaml; did you mean tiny.yaml?"),
+        ("tinny.yaml", "configs/qwen3_5_pdrop.yaml, configs/qwen3_vl_pdrop.yaml; did you mean tiny.yaml?"),
         ("tiny.yml", "did you mean tiny.yaml?"),
         ("lava_next_pdrop.yaml", "did you mean configs/llava_next_pdrop.yaml?"),
         ("configs/quikstart.yaml", "did you mean configs/quickstart.yaml?"),
@@ -134,7 +134,7 @@ def test_a_setting_written_as_an_option(folder, capsys):
         assert "(lr: use a rate for each trained part: model.train=" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             command(["quickstart.yaml"])
-        assert "required: --config; name your YAML file, or one of llava_1_5_pdrop" in capsys.readouterr().err
+        assert "required: --config; name your YAML file, or one of internvl_pdrop" in capsys.readouterr().err
 
 
 def test_a_file_that_a_command_cannot_write_is_named(folder, capsys):

@@ -43,7 +43,7 @@ COMMANDS = {
 # The modules of the extras in pyproject.toml, by the names under which they are imported.
 EXTRAS = {
     "train": ("deepspeed", "peft", "accelerate", "datasets", "pyarrow", "tokenizers", "sentencepiece", "google", "yaml",
-              "PIL", "filelock", "psutil", "jinja2", "tqdm", "tensorboard"),
+              "PIL", "av", "filelock", "psutil", "jinja2", "tqdm", "tensorboard"),
     "viz": ("matplotlib",),
 }  # fmt: skip
 

@@ -40,6 +40,8 @@ CASES = {
     "qwen2_vl": ("qwen2_vl", qwen_images),
     "qwen2_5_vl": ("qwen2_5_vl", qwen_images),
     "qwen3_vl": ("qwen3_vl", qwen_images),
+    "qwen3_5": ("qwen3_5", qwen_images),
+    "llava_next_video": ("llava_next_video", lambda: family_processor("llava_next_video").image_processor),
     "internvl, tiles": ("internvl", lambda: tiles_of_internvl(crop_to_patches=True, max_patches=6)),
     "internvl, one tile": ("internvl", tiles_of_internvl),
 }
@@ -188,7 +190,9 @@ def test_tower_flops_against_pytorchs_counter(name):
 
 
 def test_every_family_of_the_list_shows_its_tokens():
-    assert {CASES[name][0] for name in CASES} == {family.model_type for family in FAMILIES}
+    of_decoders_with_experts = {"qwen3_vl_moe", "qwen3_5_moe"}  # the towers are those of Qwen3-VL and Qwen3.5
+    shown = {CASES[name][0] for name in CASES} | of_decoders_with_experts
+    assert shown == {family.model_type for family in FAMILIES}
 
 
 def test_a_family_without_a_part_says_why():

@@ -16,6 +16,7 @@ from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.data.chat import EncodedChat
 from vtprune_train.data.load.collate import lay_out
+from vtprune_train.models.families.layout import VisualTokens
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.llava_onevision import OneVision
 from vtprune_train.models.forward.decoder import run_layers
@@ -259,7 +260,7 @@ def test_rasters_reach_the_packed_stream():
     object.__setattr__(chat, "labels", np.array([-100, -100, -100, -100, -100, 7]))
     object.__setattr__(chat, "image_offsets", (1, 3))
     object.__setattr__(chat, "answer_starts", (5,))
-    segment, _ = lay_out(chat, [4, 6], [((2, 2),), ((2, 3),)])
+    segment, _ = lay_out(chat, [VisualTokens((4,), grids=((2, 2),)), VisualTokens((6,), grids=((2, 3),))])
     assert [span.grids for span in segment.spans] == [((2, 2),), ((2, 3),)]
     segment, _ = lay_out(chat, [4, 6])
     assert [span.grids for span in segment.spans] == [(), ()]

@@ -99,7 +99,7 @@ def test_turns_of_a_batch_and_decoding_equal_the_loops_over_each_conversation(se
             assert all(int(layer.num_tokens()[row]) == left for layer in cache.layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("qwen3_5")])  # a state has no keys
 def test_every_family_generates_on_what_is_left(family):
     """Left-padded rows: generation on the cache equals passes without one, and layers hold what follows the first
     image's own tokens alone."""
