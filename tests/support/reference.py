@@ -66,8 +66,8 @@ def pyramiddrop(
 ) -> tuple[Tensor, list[int]]:
     """One sample through all layers. Returns hidden states before the final norm, and the original offsets kept.
 
-    ``spans`` are the offsets of each image's or video's tokens; ``start`` are positions other than the offsets, for ``rotate``; ``deepstack`` [L, C] are features, 0 for text, that
-    are added after layer 0, 1, ..."""
+    ``spans`` are the offsets of each image's or video's tokens; ``start`` are positions other than the offsets, for
+    ``rotate``; ``deepstack`` [L, C] are features, 0 for text, that are added after layer 0, 1, ..."""
     theta = text_model.config.rope_parameters["rope_theta"]
     alive = list(range(len(embeds)))
     position = torch.arange(len(embeds)) if start is None else start

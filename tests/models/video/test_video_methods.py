@@ -1,5 +1,7 @@
 """Methods on videos: equal to a slow loop, alone and in batches, and without reads of the device."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import yaml
@@ -108,7 +110,7 @@ def spans_of(layout, loaded, ids, per):
             edges = [*range(0, each * of.frames, each), of.total]
         else:
             edges = [0, of.total]
-        spans += [offsets[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        spans += [offsets[a:b] for a, b in pairwise(edges)]
     assert not list(visual)
     return spans
 
