@@ -251,7 +251,7 @@ class TrainingCost:
         """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
         in time of each video, which do not attend to each other in the tower; 0 for an image."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
-        steps = np.ones(np.shape(tiles)) if frames is None else np.maximum(frames, 1)
+        steps = np.ones(len(tiles)) if frames is None else np.maximum(frames, 1)
         count = np.asarray(tiles, dtype=np.float64)
         return steps * self.tower.tower(count / steps) * (3 if self.trains_tower else 1) + self.tower.projector(
             count
