@@ -93,4 +93,5 @@ $(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt requirements-gpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchao --upgrade \
 		$$(sed -n 's/^\(torchao==[^ ]*\).*/\1/p' requirements-gpu.txt)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision --upgrade torchvision==0.28.0
 	touch $@

@@ -281,15 +281,15 @@ def test_questions_whose_images_are_all_elsewhere(tmp_path):
 def test_members_of_a_tar_that_are_no_images(tmp_path):
     talk = json.dumps(TALK).encode()
     members = [
-        ("k1.json", talk), ("k1.mp4", b"x"),
+        ("k1.json", talk), ("k1.mp4", b"x"),  # a video that no text refers to
         ("k2.json", talk), ("k2.wav", b"x"),
-        ("k3.txt", b"it rains"), ("k3.mp4", b"x"),
+        ("k3.txt", b"it rains"), ("k3.srt", b"x"), ("k3.flac", b"x"),
         ("k4.txt", b"it rains"), ("k4.json", b'{"video": "clip.mp4", "width": 3}'),
         ("k5.json", talk), ("k5.cls", b"3"), ("k5.txt", b"a caption"),
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     records = list(read_records(tmp_path / "a.tar"))
-    for record, name in zip(records, ("'.mp4'", "'.wav'", "'.mp4'", "<video>"), strict=False):
+    for record, name in zip(records, ("1 video(s)", "'.wav'", "'.flac'", "<video>"), strict=False):
         assert name in record.error, record
     assert not records[4].error and records[4].unread == {".cls", ".txt"}
 

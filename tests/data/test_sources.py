@@ -93,7 +93,8 @@ def test_an_image_feature_of_datasets(tmp_path):
     rows = [{"image": str(tmp_path / "images/1.png"), "conversations": say("<image> what", "a cat")}]
     Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "disk"))
     index, encoder = build([Source(tmp_path / "disk", tmp_path)], tmp_path)
-    assert index.image_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
+    loaded = collator(index, encoder).load(0, 0)
+    assert loaded.images.sizes == [(40, 60)]
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows)).save_to_disk(str(tmp_path / "both"))
     with pytest.raises(ValueError, match=r"contains several datasets \(test, train\); name one of them"):
         find_files(tmp_path / "both")

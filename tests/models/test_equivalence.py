@@ -64,7 +64,7 @@ def test_equals_the_slow_reference(seed, shapes, rank_with, positions, decoder, 
             hidden, alive = pyramiddrop(
                 text_model,
                 embeds[start : start + segment.length],
-                [(span.start, span.length) for span in segment.spans],
+                [span.offsets() for span in segment.spans],
                 list(segment.query_offsets),
                 [2, 4],
                 [0.6, 0.25],

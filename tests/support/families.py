@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,8 +71,9 @@ QWEN_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
 TOKEN_IDS = {"image_token_id": 8, "video_token_id": 9, "vision_start_token_id": 6, "vision_end_token_id": 7}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of words; those in ``more`` come after the others."""
+    vocab = {word: index for index, word in enumerate([*SPECIAL, *WORDS, *more])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

@@ -6,7 +6,7 @@ Written from the description of the method, independently of the fast code; used
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def run_layer(layer, x: Tensor, positions: Tensor, theta: float) -> Tensor:
 def pyramiddrop(
     text_model,
     embeds: Tensor,
-    spans: list[tuple[int, int]],
+    spans: Sequence[Collection[int]],
     query_offsets: list[int],
     layers: list[int],
     keep: list[float],
@@ -66,8 +66,8 @@ def pyramiddrop(
 ) -> tuple[Tensor, list[int]]:
     """One sample through all layers. Returns hidden states before the final norm, and the original offsets kept.
 
-    ``start`` are positions other than the offsets, for ``rotate``; ``deepstack`` [L, C] are features, 0 for text, that
-    are added after layer 0, 1, ..."""
+    ``spans`` are the offsets of each image's or video's tokens; ``start`` are positions other than the offsets, for
+    ``rotate``; ``deepstack`` [L, C] are features, 0 for text, that are added after layer 0, 1, ..."""
     theta = text_model.config.rope_parameters["rope_theta"]
     alive = list(range(len(embeds)))
     position = torch.arange(len(embeds)) if start is None else start
@@ -79,16 +79,16 @@ def pyramiddrop(
             source = x if rank_with == "next_layer" else before_last
             with torch.no_grad():
                 weights = attention_rows(*queries_and_keys(ranking_layer, source, position, theta)).mean(dim=0)
-            kept = [offset for offset in alive if not any(s <= offset < s + n for s, n in spans)]
-            for start, length in spans:
-                present = [offset for offset in alive if start <= offset < start + length]
+            kept = [offset for offset in alive if not any(offset in span for span in spans)]
+            for span in spans:
+                present = [offset for offset in alive if offset in span]
                 rows = []
                 for query in query_offsets:
-                    if start <= query < start + length or any(s <= query < s + n for s, n in spans):
+                    if any(query in other for other in spans):
                         query = max(o for o in alive if o <= query)  # an image's last remaining token
                     rows.append(alive.index(query))
                 worth = {o: sum(weights[row, alive.index(o)].item() for row in rows) / len(rows) for o in present}
-                best = sorted(present, key=lambda o: (-worth[o], o))[: math.floor(length * ratio)]
+                best = sorted(present, key=lambda o: (-worth[o], o))[: math.floor(len(span) * ratio)]
                 kept += best
             kept.sort()
             places = [alive.index(offset) for offset in kept]

@@ -7,7 +7,7 @@ import json
 import torch
 
 from tests.support.family_runs import SIZES, Setup, write_records
-from tests.support.helpers import TILE
+from tests.support.helpers import PATCH, TILE
 from tests.support.videos import moving_frames, write_video
 
 VIDEO_FAMILIES = ("llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")
@@ -26,8 +26,9 @@ TEXT_ONLY = 2
 def video_settings(name):
     """Of the checkpoint's video processor, small enough for a test."""
     if name.startswith("qwen"):
+        shape = {"patch_size": PATCH, "merge_size": 2}
         frames = 6 if name in ("qwen3_vl", "qwen3_5") else 1
-        return {"size": {"shortest_edge": 28 * 28, "longest_edge": frames * 56 * 56}, "fps": 2}
+        return {"size": {"shortest_edge": 28 * 28, "longest_edge": frames * 56 * 56}, "fps": 2, **shape}
     if name == "llava_next_video":
         return {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}, "num_frames": 4}
     return {"size": {"height": TILE, "width": TILE}, "num_frames": 4}

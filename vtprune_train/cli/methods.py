@@ -60,6 +60,9 @@ def facts_of(name: str) -> dict[str, Any]:
     doc = inspect.cleandoc(cls.__doc__ or "")
     if doc.startswith(f"{cls.__name__}("):  # written by `dataclass` for a class without a docstring
         doc = ""
+    described = {field.name: field.metadata.get("description") for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    more = [textwrap.fill(f"{name}: {text}.", WIDTH) for name, text in described.items() if text]
+    doc = "\n\n".join([doc, *more]).lstrip()
     return {**facts, "settings": settings, "doc": doc}
 
 

@@ -34,22 +34,18 @@ def locate(boundary: Boundary, rows: Rows) -> Boundary:
 
 
 def advance(boundary: Boundary, text_origin: Tensor, kept_origin: Tensor) -> tuple[Boundary, Rows]:
-    """Order the tokens of the next stage by their rows in the first stage. Kept tokens of a span without text between
-    them stay in the order of the choice, as in a batch without such videos.
+    """Order the tokens of the next stage by their rows in the first stage; the visual tokens stay in the order of the
+    selection, whatever else is in the batch: a merged token after the kept ones of its image or video.
 
     Args:
         boundary: a drop point.
         text_origin: [T - V] int64, first-stage row of each text token.
-        kept_origin: [K] int64, first-stage row of each kept visual token; merged tokens have the row of one of their
-            sources.
+        kept_origin: [K] int64, first-stage row of each kept visual token, or of one of the sources of a merged token.
 
     Returns:
         The boundary with ``next_order`` and ``next_visual_rows``, and the rows of the next stage.
     """
-    assert boundary.scattered is not None, "the rows of this boundary are known on the host"
-    in_place = kept_origin.sort().values  # spans do not overlap: each has its own rows, ascending
-    kept_origin = torch.where(boundary.scattered, kept_origin, in_place)
-    order = torch.argsort(torch.cat([text_origin, kept_origin]), stable=True)
+    order = torch.argsort(torch.cat([text_origin, kept_origin.cummax(0).values]), stable=True)
     row = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
     rows = Rows(row[: len(text_origin)], row[len(text_origin) :])
     return dataclasses.replace(boundary, next_order=order, next_visual_rows=rows.visual), rows

@@ -95,7 +95,7 @@ def plan_stream(
     if not segments:
         raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
     segments = divided(segments, getattr(method, "per", "video"), bool(key_layers))
-    layout = _StreamLayout.of(segments)
+    layout = _StreamLayout.of(segments, bool(drops))
     spans = [span for segment in segments for span in segment.spans]
     kept = counts_per_stage(drops, layout.lengths, measured, spans)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
@@ -194,7 +194,7 @@ class _StreamLayout:
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
     visual: list[np.ndarray]  # the rows of each span
-    scattered: np.ndarray  # [spans] bool, whether text stands between the tokens of a span
+    interleaved: bool  # whether text stands between the tokens of a span
     text: np.ndarray  # [T - V]
     after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
@@ -203,12 +203,12 @@ class _StreamLayout:
     segments: Sequence[SegmentLayout]
 
     @classmethod
-    def of(cls, segments: Sequence[SegmentLayout]) -> _StreamLayout:
+    def of(cls, segments: Sequence[SegmentLayout], drops: bool) -> _StreamLayout:
         cu_seqlens = np.concatenate([[0], np.cumsum([s.length for s in segments])]).astype(np.int64)
         starts, lengths, span_segment, after_query, query_segment, supervised = [], [], [], [], [], []
         visual: list[np.ndarray] = []
         for index, (segment, base) in enumerate(zip(segments, cu_seqlens[:-1].tolist(), strict=True)):
-            _check_segment(segment)
+            _check_segment(segment, drops)
             starts += [base + span.start for span in segment.spans]
             lengths += [span.length for span in segment.spans]
             visual += [base + span.offsets() for span in segment.spans]
@@ -228,7 +228,7 @@ class _StreamLayout:
             starts=rows(starts),
             lengths=rows(lengths),
             visual=visual,
-            scattered=np.array([bool(span.runs) for segment in segments for span in segment.spans], dtype=bool),
+            interleaved=any(span.runs for segment in segments for span in segment.spans),
             text=np.flatnonzero(is_text),
             after_query=rows(after_query),
             query_segment=rows(query_segment),
@@ -236,11 +236,6 @@ class _StreamLayout:
             supervised=rows(supervised),
             segments=segments,
         )
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether text stands between the tokens of any span."""
-        return bool(self.scattered.any())
 
     def rows_that_rank(self, drop: Drop) -> tuple[np.ndarray, np.ndarray]:
         """[Q] the row after each query row, and the segment it belongs to."""
@@ -267,7 +262,8 @@ def _instruction(segment: SegmentLayout) -> np.ndarray:
     return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
 
 
-def _check_segment(segment: SegmentLayout) -> None:
+def _check_segment(segment: SegmentLayout, drops: bool) -> None:
+    """Raise a ``ValueError`` if a span or row lies where it cannot be; ``drops``: whether tokens are dropped."""
     end = 0
     for span in segment.spans:
         if span.start < end or span.length < 0 or span.end > segment.length or not _runs_fit(span):
@@ -276,15 +272,23 @@ def _check_segment(segment: SegmentLayout) -> None:
                 "runs that do not add up to its length"
             )
         end = span.end
+    between = {offset for span in segment.spans if span.runs for offset in range(span.start, span.end)}
+    between.difference_update(*(span.offsets().tolist() for span in segment.spans if span.runs))
+    if drops and (wrong := sorted(between.intersection((*segment.query_offsets, *segment.supervised_offsets)))):
+        raise ValueError(
+            f"the text between the frames of a video (token {wrong[0]} of the sample) has labels or ends a prompt; set "
+            "its labels to -100, or drop tokens per frame (per: frame)"
+        )
     for offset in segment.query_offsets:
         if not 0 <= offset < segment.length:
             raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
-        if any(span.start <= offset < span.end - 1 for span in segment.spans):
+        if offset not in between and any(span.start <= offset < span.end - 1 for span in segment.spans):
             raise ValueError(
                 f"query row {offset} is inside an image; only the last token of an image can be a query row"
             )
     for offset in segment.supervised_offsets:
-        if not 1 <= offset < segment.length or any(span.start <= offset < span.end for span in segment.spans):
+        inside = offset not in between and any(span.start <= offset < span.end for span in segment.spans)
+        if not 1 <= offset < segment.length or inside:
             raise ValueError(
                 f"supervised token {offset} must not be the first of its segment, outside it, or inside an image"
             )
@@ -374,7 +378,6 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         drop=drop,
         uniform=uniform,
         scored_shift=torch.from_numpy(per_token) if layout.interleaved else None,
-        scattered=torch.from_numpy(np.repeat(layout.scattered, after.kept)) if layout.interleaved else None,
     )
 
 

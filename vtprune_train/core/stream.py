@@ -240,7 +240,6 @@ class Boundary:
             computes ``text_rows``, ``visual_rows``, ``visual_in_scored``, ``next_order`` and ``next_visual_rows`` on
             the device (:func:`vtprune_train.core.interleaved.locate`); their lengths are those planned here. ``None``
             if all rows are known on the host.
-        scattered: [K] bool, kept tokens of videos with text between their tokens; ``None`` like ``scored_shift``.
     """
 
     layer: int
@@ -257,7 +256,6 @@ class Boundary:
     drop: Drop
     uniform: Tensor | None = None
     scored_shift: Tensor | None = None
-    scattered: Tensor | None = None
 
 
 class Outline:

@@ -38,6 +38,12 @@ from vtprune_train.pruning.setting_types import Settings
 
 PACKAGE = "vtprune_train.pruning."
 Per = Literal["video", "frame"]
+"""What the keep ratios refer to in a video: ``video`` keeps a share of all its tokens, ``frame`` the same share of each
+step in time. Images are not affected."""
+_PER = (
+    "what the keep ratios refer to in a video: `video` keeps a share of all its tokens, `frame` the same share of each "
+    "step in time; images are not affected"
+)
 
 
 def method_name(cls: type[PruningMethod]) -> str:
@@ -53,9 +59,7 @@ class PruningMethod(Settings):
     :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
     Args:
-        per: what the keep ratios refer to in a video: ``video`` keeps a share of all its tokens, ``frame`` the same
-            share
-            of each step in time. Keyword only; images are not affected.
+        per: see :data:`Per`. Keyword only.
 
     Attributes:
         name: the method's name in logs and errors; by default the name of the class. Methods of the package also have
@@ -74,7 +78,7 @@ class PruningMethod(Settings):
     trains: ClassVar[str] = "yes"
     before: ClassVar[Mapping[str, Any]] = {}
 
-    per: Per = dataclasses.field(default="video", kw_only=True)
+    per: Per = dataclasses.field(default="video", kw_only=True, metadata={"description": _PER})
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "name" not in vars(cls):

@@ -11,7 +11,7 @@ from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.needs import Needs
 
@@ -20,9 +20,11 @@ class Combined(PruningMethod):
     """Apply all ``methods`` to one model. Each method's keep ratios are relative to the tokens present at its first
     drop, so they multiply: keeping 1/2 and then 1/4 leaves 1/8 of the tokens.
 
+    ``per`` is that of all methods.
+
     Raises:
-        ValueError: fewer than two methods, or two that need the same exclusive resource (vision-tower attention or
-            KV-cache keys).
+        ValueError: fewer than two methods, two with different ``per``, or two that need the same exclusive resource
+            (vision-tower attention or KV-cache keys).
     """
 
     methods: tuple[InstanceOf[PruningMethod], ...]
@@ -40,6 +42,7 @@ class Combined(PruningMethod):
         ):
             if len(users) > 1:
                 raise ValueError(f"{' and '.join(users)} cannot be combined because both use {what}; remove one")
+        object.__setattr__(self, "per", _common_per(self.methods, self.per))
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
@@ -104,6 +107,19 @@ class Combined(PruningMethod):
 
     def _each(self, change: Callable[[PruningMethod], PruningMethod]) -> Combined:
         return Combined(tuple(change(method) for method in self.methods))
+
+
+def _common_per(methods: tuple[PruningMethod, ...], own: Per) -> Per:
+    """The ``per`` of all methods, since all of them see the same spans; ``own`` is the combination's."""
+    different = [method for method in methods if method.per != methods[0].per]
+    if different:
+        raise ValueError(
+            f"{methods[0].name} has per={methods[0].per} and {different[0].name} has per={different[0].per}, but all "
+            "methods of a combination divide videos in the same way; set the same per for each of them"
+        )
+    if own == "frame" != methods[0].per:
+        raise ValueError(f"per={own} is set for a combination; set it for each of its methods instead")
+    return methods[0].per
 
 
 def _chooses_keys(method: PruningMethod) -> bool:

@@ -35,9 +35,10 @@ def check_paths(config: Config) -> None:
     function that cannot be loaded."""
     lines = list(_wrong_code(config))
     for key, path in _paths(config):
-        if key.endswith("images"):
+        if not key.endswith("path"):
             if not path.is_dir():
-                what = "is a file, not a folder of images" if path.exists() else "does not exist"
+                kind = key.rpartition(".")[2]
+                what = f"is a file, not a folder of {kind}" if path.exists() else "does not exist"
                 lines.append(f"{key}: {path} {what}{_nearest(path)}")
             elif not os.access(path, os.R_OK | os.X_OK):
                 lines.append(f"{key}: {path} cannot be read (permission denied)")

@@ -163,7 +163,7 @@ def test_dropping_equals_a_slow_loop_over_transformers_inputs(setup):
         [segment] = batch.plan.outline.segments
         start = position_of_each_frequency(rope, positions[-3:, row, at]) if "mrope_section" in rope else None
         hidden, alive = pyramiddrop(
-            text_model, embeds[row, at], [(span.start, span.length) for span in segment.spans],
+            text_model, embeds[row, at], [span.offsets() for span in segment.spans],
             list(segment.query_offsets), list(DROP.layers), list(DROP.keep), positions="keep", start=start,
             deepstack=[features[row, at] for features in deepstack],
         )  # fmt: skip

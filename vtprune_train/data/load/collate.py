@@ -19,6 +19,7 @@ from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout, Str
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage
 from vtprune_train.data.index import SampleIndex
+from vtprune_train.data.videos import ChangedVideo
 from vtprune_train.models.families.layout import ImageLayout, SampleImages, VisualTokens
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
@@ -79,7 +80,7 @@ class Collator:
             try:
                 loaded.append(self.load(sample, image_sample))
             except ChangedImage as error:
-                reason = str(self.index.distrusted(image_sample, f"image {error}"))
+                reason = str(self.index.distrusted(image_sample, str(error)))
                 unreadable.append((self.index.sample_id(sample), reason))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))
@@ -101,8 +102,12 @@ class Collator:
         lengths = self.index.lengths([sample, image_sample])
         supervised = int((chat.labels >= 0).sum())
         runs = sum(len(of.runs) for of in tokens)
-        if image_sample == sample or not (record.videos or image_record.videos):  # timestamps of another video differ
-            self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
+        text = len(chat.input_ids) - len(chat.image_offsets)
+        if not (record.videos or image_record.videos):
+            self._compare(sample, "text tokens", text, int(lengths.text[0]))
+        elif image_sample == sample and text != lengths.text[0]:  # a video of another rate has other timestamps
+            name = next(file.name for file in files if file.is_video)
+            raise ChangedVideo(name, f"its text has {text} tokens, but had {lengths.text[0]} when the data was indexed")
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
         self._compare(sample, "images and videos", len(sizes), int((lengths.span_sample == 0).sum()))
         self._compare(sample, "runs of visual tokens", len(chat.image_offsets), runs)

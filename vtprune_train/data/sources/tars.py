@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, parse_record, too_many_bytes
+from vtprune_train.data.videos import is_video_name
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LONGEST_NAME = 1 << 20  # bytes of an extended header (long name, times, attributes)
@@ -114,7 +115,7 @@ def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.Ta
 
 def _is_read(name: str) -> bool:
     kind = _extension(name).lower()
-    return kind in ("json", "txt") or kind.rpartition(".")[2] in IMAGE_ENDINGS
+    return kind in ("json", "txt") or kind.rpartition(".")[2] in IMAGE_ENDINGS or is_video_name(name)
 
 
 def _key(name: str) -> str:
@@ -127,12 +128,12 @@ def _extension(name: str) -> str:
 
 
 def _record(members: Sequence[Member], at: int) -> Any:
-    """The record of a key: the content of its ``.json`` with images as bytes, or a caption from its ``.txt``. Other
-    members become fields named by their extension (``.mp4``)."""
+    """The record of a key: the content of its ``.json`` with images and videos as bytes, or a caption from its
+    ``.txt``. Other members become fields named by their extension (``.wav``)."""
     key = _key(members[0][0])
     described: Any = None
     caption = None
-    image_members: list[Member] = []
+    visuals: list[Member] = []
     others: dict[str, str] = {}
     for name, content in members:
         extension = _extension(name).lower()
@@ -143,35 +144,61 @@ def _record(members: Sequence[Member], at: int) -> Any:
                 described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
-        elif extension.rpartition(".")[2] in IMAGE_ENDINGS:
-            image_members.append((name, content))
+        elif _is_read(name):
+            visuals.append((name, content))
         else:
             others[f".{extension.rpartition('.')[2]}"] = name
+    images, videos = _by_kind(described if isinstance(described, Mapping) else {}, visuals)
     has_turns = isinstance(described, Mapping) and ("conversations" in described or "messages" in described)
     if caption is not None and not has_turns:
-        question = f"{IMAGE}\n" * len(image_members)
+        question = f"{IMAGE}\n" * len(images) + f"{VIDEO}\n" * len(videos)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
-        images = [content for _, content in image_members]
         record = described if isinstance(described, Mapping) else {}
-        return {"id": key, **record, **others, "images": images, "image": None, "conversations": turns}
+        found: dict[str, Any] = {"images": [content for _, content in images], "image": None}
+        if videos:
+            found |= {"videos": [content for _, content in videos], "video": None}
+        return {"id": key, **record, **others, **found, "conversations": turns}
     if not isinstance(described, Mapping):
         return {"id": key, **others} if described is None else described
     if caption is not None:
         others[".txt"] = caption
-    return {"id": key, **described, **others, "images": _images(described, image_members), "image": None}
+    found = {"images": _contents(described, "image", images), "image": None}
+    if videos:
+        found |= {"videos": _contents(described, "video", videos), "video": None}
+    return {"id": key, **described, **others, **found}
 
 
-def _images(record: Mapping[str, Any], images: Sequence[Member]) -> list[Any]:
-    """The images in the order in which the record names them, or in the tar's order if the record names none of these
-    members. A name without a member is kept and looked up in the source's folder of images."""
-    names = record.get("image") if record.get("images") is None else record["images"]
-    contents = [content for _, content in images]
+def _by_kind(record: Mapping[str, Any], visuals: Sequence[Member]) -> tuple[list[Member], list[Member]]:
+    """The images and the videos. A GIF is an image, unless the record names it as a video."""
+    names = _listed(record, "video") or []
+    videos = [
+        (name, content)
+        for name, content in visuals
+        if _extension(name).lower().rpartition(".")[2] not in IMAGE_ENDINGS or any(k in names for k in _names(name))
+    ]
+    return [member for member in visuals if member not in videos], videos
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """How a record may refer to a member."""
+    return name, name.rpartition("/")[2], _extension(name)
+
+
+def _listed(record: Mapping[str, Any], field: str) -> list[Any] | None:
+    """What a record has in ``field`` or its plural; ``None`` if it has neither."""
+    names = record.get(field) if record.get(f"{field}s") is None else record[f"{field}s"]
+    return names if isinstance(names, list) or names is None else [names]
+
+
+def _contents(record: Mapping[str, Any], field: str, members: Sequence[Member]) -> list[Any]:
+    """The images (or videos) in the order in which the record names them, or in the tar's order if the record names
+    none of these members. A name without a member is kept and looked up in the source's folder."""
+    names, contents = _listed(record, field), [content for _, content in members]
     if names is None:
         return contents
-    names = names if isinstance(names, list) else [names]
     by_name: dict[str, bytes] = {}
-    for name, content in images:
-        for known in (name, name.rpartition("/")[2], _extension(name)):
+    for name, content in members:
+        for known in _names(name):
             by_name.setdefault(known, content)
     named = [by_name.get(name) if isinstance(name, str) else None for name in names]
     if len(names) == len(contents) and not any(content is not None for content in named):

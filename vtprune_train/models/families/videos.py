@@ -132,10 +132,21 @@ class VideoSettings:
             smooth = {} if self.resample == 0 else {"antialias": True, "align_corners": False}
             pixels = F.interpolate(pixels, size=list(size), mode=MODES[self.resample], **smooth)  # type: ignore[arg-type]
         if self.crop is not None:
-            top, left = (round((full - cut) / 2) for full, cut in zip(size, self.crop, strict=True))
-            pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+            pixels = _cropped(pixels, self.crop)
         mean, std = (torch.tensor(values) * (1.0 / self.rescale) for values in (self.mean, self.std))
         return (pixels.float() - mean[:, None, None]) / std[:, None, None]
+
+
+def _cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The center of ``pixels`` [..., height, width] in this size; smaller frames get a black border.
+
+    Source: ``center_crop`` of transformers' video processors.
+    """
+    height, width = pixels.shape[-2:]
+    down, right = max(0, size[0] - height), max(0, size[1] - width)
+    pixels = F.pad(pixels, (right // 2, (right + 1) // 2, down // 2, (down + 1) // 2))
+    top, left = (pixels.shape[-2] - size[0]) // 2, (pixels.shape[-1] - size[1]) // 2
+    return pixels[..., top : top + size[0], left : left + size[1]]
 
 
 def video_settings(
@@ -151,9 +162,13 @@ def video_settings(
         place: the checkpoint, for errors.
 
     Raises:
-        ValueError: the checkpoint resizes in an unsupported way.
+        ValueError: the checkpoint prepares frames in an unsupported way.
     """
     saved = {key: value for key, value in (saved or {}).items() if value is not None}
+    crops = defaults.crop is not None
+    for step, wanted in {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": crops}.items():
+        if saved.get(step, wanted) is not wanted:
+            raise ValueError(f"the video processor of {place} has {step}={saved[step]}; only {wanted} is supported")
     if "min_pixels" in saved or "max_pixels" in saved:  # older checkpoints
         area = {"shortest_edge": saved.get("min_pixels"), "longest_edge": saved.get("max_pixels")}
         saved["size"] = {**defaults.edges, **{edge: n for edge, n in area.items() if n is not None}}
