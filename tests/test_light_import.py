@@ -8,8 +8,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ABSENT = [
-    "PIL", "accelerate", "bitsandbytes", "datasets", "deepspeed", "matplotlib", "pandas", "peft", "pyarrow", "scipy",
-    "sklearn", "tensorboard", "torchcodec", "torchvision", "trl", "wandb",
+    "PIL", "accelerate", "av", "bitsandbytes", "datasets", "deepspeed", "matplotlib", "pandas", "peft", "pyarrow",
+    "scipy", "sklearn", "tensorboard", "torchcodec", "torchvision", "trl", "wandb",
 ]  # fmt: skip
 
 SCRIPT = """

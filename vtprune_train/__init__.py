@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.combined import Combined
     from vtprune_train.pruning.methods.cdpruner import CDPruner
     from vtprune_train.pruning.methods.divprune import DivPrune
+    from vtprune_train.pruning.methods.dycoke import DyCoke
+    from vtprune_train.pruning.methods.evs import EVS
     from vtprune_train.pruning.methods.fastv import FastV
     from vtprune_train.pruning.methods.feather import Feather
     from vtprune_train.pruning.methods.fopru import FoPru
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.plphp import PLPHP
     from vtprune_train.pruning.methods.pool import Pool
     from vtprune_train.pruning.methods.prumerge import PruMerge
+    from vtprune_train.pruning.methods.prunevid import PruneVid
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
     from vtprune_train.pruning.methods.random_tokens import Random
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
     from vtprune_train.pruning.methods.uniform import Uniform
     from vtprune_train.pruning.methods.victor import Victor
+    from vtprune_train.pruning.methods.vidcom2 import VidCom2
     from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
     from vtprune_train.pruning.methods.visionzip import VisionZip
     from vtprune_train.pruning.methods.voco import VoCo
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "EVS",
     "LVLMCSP",
     "PLPHP",
     "VTCCLS",
@@ -62,6 +67,7 @@ __all__ = [
     "Combined",
     "DivPrune",
     "Drop",
+    "DyCoke",
     "EncoderSignals",
     "FastV",
     "Feather",
@@ -70,6 +76,7 @@ __all__ = [
     "Needs",
     "Pool",
     "PruMerge",
+    "PruneVid",
     "PruningMethod",
     "PyramidDrop",
     "Random",
@@ -79,6 +86,7 @@ __all__ = [
     "SparseVLM",
     "Uniform",
     "Victor",
+    "VidCom2",
     "VideoLLMMoD",
     "VisionZip",
     "VoCo",
@@ -104,6 +112,8 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.combined": ("Combined",),
         "pruning.methods.cdpruner": ("CDPruner",),
         "pruning.methods.divprune": ("DivPrune",),
+        "pruning.methods.dycoke": ("DyCoke",),
+        "pruning.methods.evs": ("EVS",),
         "pruning.methods.fastv": ("FastV",),
         "pruning.methods.feather": ("Feather",),
         "pruning.methods.fopru": ("FoPru",),
@@ -112,11 +122,13 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.plphp": ("PLPHP",),
         "pruning.methods.pool": ("Pool",),
         "pruning.methods.prumerge": ("PruMerge",),
+        "pruning.methods.prunevid": ("PruneVid",),
         "pruning.methods.pyramiddrop": ("PyramidDrop",),
         "pruning.methods.random_tokens": ("Random",),
         "pruning.methods.sparsevlm": ("SparseVLM",),
         "pruning.methods.uniform": ("Uniform",),
         "pruning.methods.victor": ("Victor",),
+        "pruning.methods.vidcom2": ("VidCom2",),
         "pruning.methods.videollm_mod": ("VideoLLMMoD",),
         "pruning.methods.visionzip": ("VisionZip",),
         "pruning.methods.voco": ("VoCo",),

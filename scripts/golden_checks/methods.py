@@ -85,7 +85,8 @@ def layout_of(entries: Entries) -> SegmentLayout:
     grids = tuple(tuple(grid) for grid in own.get("grids", ()))
     length = own["pre"] + own["visual"] + own["post"]
     query = tuple(own.get("query", (length - 1,)))
-    return SegmentLayout(length, (ImageSpan(own["pre"], own["visual"], grids),), query)
+    span = ImageSpan(own["pre"], own["visual"], grids, frames=own.get("frames", 0))
+    return SegmentLayout(length, (span,), query)
 
 
 def llama(entries: Entries, weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -193,8 +194,11 @@ def _choice(entries: Entries, tensors: Tensors, method: PruningMethod, signals: 
     values = hidden[selection.chosen].clone()
     if selection.at is not None and selection.values is not None:
         values[selection.at] = selection.values
-    kept, tolerance = tensors["expected.kept"], entries.get("tolerance", {}).get("values")
+    tolerance = entries.get("tolerance", {}).get("values")
     first: int | None = entries.get("compare_first")
+    if "expected.kept" not in entries["expected"]:  # code that merges every token returns no indices
+        return [compare("values", values, tensors["expected.values"], tolerance)]
+    kept = tensors["expected.kept"]
     if first is None:
         parts = [compare("kept", selection.chosen, kept)]
     else:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import Gemma3Config, LlavaConfig, MixtralConfig, Qwen2VLConfig, Qwen2VLImageProcessorPil
 
+from tests.support.families import family_model
 from tests.support.helpers import tiny_config, tiny_model
 from vtprune_train import PyramidDrop
 from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate, images_of_sample
+from vtprune_train.bench.decoder_time import clock
 from vtprune_train.cli import main
 from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
@@ -249,6 +251,25 @@ def test_towers_that_are_not_counted():
         estimate(subject(MixtralConfig()), sample(10))
     with pytest.raises(ValueError, match="clip_vision_model decoder: its config has no num_key_value_heads"):
         estimate(subject(tiny_config().vision_config), sample(10))
+
+
+def test_decoders_with_linear_attention_and_experts():
+    """The cache of a linear layer does not grow; default drop points move to layers that attend."""
+    config = family_model("qwen3_5").config
+    short, long = (estimate(subject(config, None), sample(n, tiles=4 * n)) for n in (100, 300))
+    decoder = short.decoder
+    states = 3 * decoder.linear.state_values * 2  # layers 0, 6 and 7, in bfloat16
+    per_token = 5 * 2 * decoder.kv_heads * decoder.head_dim * 2
+    text = short.sample.text
+    assert [short.cache_prompt.dense, long.cache_prompt.dense] == [
+        states + per_token * (100 + text),
+        states + per_token * (300 + text),
+    ]
+    moe = DecoderGeometry.of(family_model("qwen3_5_moe").config.text_config)
+    assert (moe.intermediate, moe.router) == (2 * 24 + 16, 4 + 1)
+    assert DecoderGeometry.of(family_model("qwen3_vl_moe").config.text_config).router == 4
+    with pytest.raises(ValueError, match="only Llama-like decoders can be timed, and this one has linear attention"):
+        clock(decoder, None, sample(10), [1], repeats=1, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_resolution_is_width_first(capsys):

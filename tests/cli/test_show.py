@@ -453,12 +453,14 @@ def test_wrong_input_exits_2_with_what_is_wrong(folder, capfd, arguments, words)
         assert word in line
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl"]
+)
 def test_the_command_shows_every_family(tmp_path, name):
     save_checkpoint(name, tmp_path / "model")
     patch_image((80, 140), MIDDLE).save(tmp_path / "a.png")
     how = ["--method", "pyramiddrop", "--layers", "3", "--keep", "0.5", "--html", str(tmp_path / "out.html")]
-    if name in ("qwen2_vl", "qwen3_vl", "qwen2_5_vl"):  # whose positions are made to stay with their tokens
+    if name.startswith("qwen"):  # whose positions are made to stay with their tokens
         how += ["--set", "positions=keep"]
     assert command(tmp_path, model="model", more=how) == 0
     with Image.open(tmp_path / "out.png") as drawn:

@@ -256,7 +256,7 @@ def test_another_method_begins_with_its_own_defaults(caplog):
     same = load_config("quickstart.yaml", ["pruning.method=pyramiddrop", "pruning.full_token_share=0.5"]).pruning
     assert same.layers == [4, 6, 7] and same.full_token_share == 0.5
     lines = errors_of("quickstart.yaml", f"pruning.method={own}", "pruning.keep=[0.5]")
-    assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share"]
+    assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share, per"]
 
 
 class Every(PruningMethod):

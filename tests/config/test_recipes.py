@@ -40,6 +40,11 @@ DIFFERENCES = {
         "model": {"path": "OpenGVLab/InternVL3_5-8B-HF", "max_pixels": None},
         "pruning": {"layers": [9, 18, 27], "positions": "renumber"},
     },
+    "qwen3_5_pdrop": {
+        "model": {"path": "Qwen/Qwen3.5-9B", "max_pixels": 1310720},
+        "data": {"template": "auto"},
+        "pruning": {"layers": [7, 15, 23]},
+    },
 }
 
 

@@ -50,8 +50,8 @@ def test_each_kind_of_method_under_other_shardings(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 def test_other_families_under_fsdp(tmp_path, kind):
-    """Query and key norms, towers that take images of any size, deepstack, tied heads."""
-    names = [f"{family}/pyramiddrop" for family in ("qwen2_5_vl", "qwen3_vl", "internvl")]
+    """Query and key norms, towers that take images of any size, deepstack, tied heads, recurrent states."""
+    names = [f"{family}/pyramiddrop" for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")]
     assert sharded(tmp_path, kind, *names) == ["equal"] * len(names)
 
 

@@ -36,8 +36,14 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -134,6 +140,48 @@ def qwen3_vl() -> Any:
     return Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_5(attending: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Any) -> Any:
+    """Eight layers; those other than ``attending`` have linear attention. By default all that tests of every family
+    rank with attend."""
+    vision = qwen_vision(num_position_embeddings=64)
+    rope = {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    kinds = ["full_attention" if layer in attending else "linear_attention" for layer in range(8)]
+    linear = {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }  # fmt: skip
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "rope_parameters": rope,
+        "num_hidden_layers": 8,
+        "layer_types": kinds,
+        "vocab_size": 112,
+        **linear,
+        **more,
+    }
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **TOKEN_IDS))
+
+
+EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+
+def qwen3_5_moe() -> Any:
+    config = qwen3_5(**EXPERTS).config.to_dict()
+    config["text_config"]["model_type"] = "qwen3_5_moe_text"
+    config["vision_config"]["model_type"] = "qwen3_5_moe_vision"
+    return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**{**config, "model_type": "qwen3_5_moe"}))
+
+
+def qwen3_vl_moe() -> Any:
+    config = qwen3_vl().config.to_dict()
+    experts = {key: size for key, size in EXPERTS.items() if not key.startswith("shared")}
+    config["text_config"] |= {**experts, "model_type": "qwen3_vl_moe_text"}
+    config["vision_config"]["model_type"] = "qwen3_vl_moe_vision"
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**{**config, "model_type": "qwen3_vl_moe"}))
+
+
 def internvl() -> Any:
     vision = InternVLVisionConfig(**{**VISION, "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]})
     config = InternVLConfig(
@@ -156,6 +204,9 @@ FAMILIES = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "internvl": internvl,
 }
 

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 from PIL import Image
-from transformers import GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers import GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil, Qwen3_5Tokenizer
 
-from tests.support.families import QWEN_SIZE, family_model, family_processor, tokenizer
+from tests.support.families import QWEN_SIZE, SPECIAL, family_model, family_processor, tokenizer
 from tests.support.helpers import PATCH, TILE
 from tests.support.runner import Runs
 from vtprune_train.config.settings import Config
@@ -41,11 +41,21 @@ def image_processor(name):
     return family_processor(name).image_processor
 
 
+def family_tokenizer(name):
+    """``AutoTokenizer`` opens every tokenizer of Qwen3.5 as its own class, which splits text into bytes."""
+    if name != "qwen3_5":
+        return tokenizer()
+    characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]
+    vocab = {word: index for index, word in enumerate([*SPECIAL, *characters])}
+    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return Qwen3_5Tokenizer(vocab=vocab, merges=[], **names, additional_special_tokens=SPECIAL[4:])
+
+
 def save_checkpoint(name, folder):
     """As a hub would hold it."""
     family_model(name).save_pretrained(folder)
     image_processor(name).save_pretrained(folder)
-    words = tokenizer()
+    words = family_tokenizer(name)
     if name == "internvl":
         names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
         words.init_kwargs.update(names, video_token="<v>")
@@ -98,25 +108,27 @@ class Setup:
         return build_collator(self.config, parts, training_cost(self.config, parts.model.config), method, "train")
 
 
-def written(texts):
+def written(texts, name):
     """The conversation as the template writes it."""
     rounds = zip(texts[::2], texts[1::2], strict=True)
+    if name == "qwen3_5":  # spaces are tokens
+        return " ".join(f"user : {question} assistant : {answer}</s>" for question, answer in rounds)
     return "<s> " + " ".join(f"user : {question} assistant : {answer} </s>" for question, answer in rounds)
 
 
 def padded_inputs(setup, base):
     """The records as the family's own processor makes them, padded on the right."""
     pictures = [[Image.open(setup.folder / "images" / f"{n}.png") for n in numbers] for _, numbers in RECORDS]
-    texts = [written(texts) for texts, _ in RECORDS]
+    texts = [written(texts, setup.name) for texts, _ in RECORDS]
     flat = [image for own in pictures for image in own]
     if setup.name.startswith("qwen"):
         made = image_processor(setup.name)(flat, return_tensors="pt")
         lengths = (made["image_grid_thw"].prod(-1) // 4).tolist()
-        texts = [text.replace("<image>", "<|vision_start|> IMAGE <|vision_end|>") for text in texts]
+        texts = [text.replace("<image>", "<|vision_start|>IMAGE<|vision_end|>") for text in texts]
         for length in lengths:
             index = next(i for i, text in enumerate(texts) if "IMAGE" in text)
-            texts[index] = texts[index].replace("IMAGE", " ".join(["<|image_pad|>"] * length), 1)
-        made = {**made, **tokenizer()(texts, padding=True, padding_side="right", return_tensors="pt")}
+            texts[index] = texts[index].replace("IMAGE", "<|image_pad|>" * length, 1)
+        made = {**made, **family_tokenizer(setup.name)(texts, padding=True, padding_side="right", return_tensors="pt")}
         made["mm_token_type_ids"] = (made["input_ids"] == base.config.image_token_id).int()
     elif setup.name == "internvl":
         made = image_processor(setup.name)(flat, return_tensors="pt")

@@ -107,14 +107,21 @@ def random_sample(rng: np.random.Generator, num_images: int) -> SegmentLayout:
     return SegmentLayout(offset + 2, tuple(spans), (offset - 1,), (offset, offset + 1))
 
 
-def compared(method, images: list[int], seed: int, kv_heads: int, slow):
+def random_video(rng: np.random.Generator, frames: int) -> SegmentLayout:
+    """A video of 6 tokens a frame, and text behind it."""
+    spans = (ImageSpan(2, 6 * frames, ((2, 3),) * frames, frames=frames),) if frames else ()
+    offset = 2 + 6 * frames + int(rng.integers(1, 4))
+    return SegmentLayout(offset + 2, spans, (offset - 1,), (offset, offset + 1))
+
+
+def compared(method, images: list[int], seed: int, kv_heads: int, slow, sample=random_sample):
     """The packed pass of samples with so many images against ``slow(text_model, module, embeds, segment)`` of each;
-    outputs and all gradients."""
+    outputs and all gradients. ``sample(rng, images)`` makes a sample."""
     rng = np.random.default_rng(seed)
     model = tiny_model(seed, kv_heads=kv_heads).double().train()  # rounding must not decide who is let in
     prune(model, method)
     text_model = model.model.language_model
-    segments = [random_sample(rng, count) for count in images]
+    segments = [sample(rng, count) for count in images]
     embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
     embeds.requires_grad_()
     plan = method.plan(segments, len(text_model.layers))

@@ -10,7 +10,7 @@ from tests.support.family_runs import SIZES, Setup, write_records
 from tests.support.helpers import TILE
 from tests.support.videos import moving_frames, write_video
 
-VIDEO_FAMILIES = ("llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+VIDEO_FAMILIES = ("llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")
 # Frames, height, width and frames per second of each video; the last one has a single frame.
 VIDEOS = [(24, 48, 64, 8), (7, 64, 40, 4), (40, 30, 30, 10), (1, 50, 60, 5)]
 RECORDS = [

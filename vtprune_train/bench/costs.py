@@ -172,7 +172,8 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     head, selector = sample.batch * decoder.head(1.0), sample.batch * selector_flops(decoder, plan, method)
     prefill = _total([stage.prefill for stage in stages], head, head + selector)
     cache = _total([stage.cache for stage in stages])
-    generated = sample.batch * decoder.num_layers * decoder.cache_bytes(sample.answer - 1.0, element_size)
+    attends = int(decoder.split(layers)[0].sum())
+    generated = sample.batch * attends * decoder.cache_bytes(sample.answer - 1.0, element_size)
     cost = TrainingCost(
         decoder,
         tower,
@@ -234,10 +235,11 @@ def _stages(
     element_size: int,
 ) -> tuple[StageCost, ...]:
     """Costs of the stages of a batch's prefill that have layers; ``lengths`` [stages] are those of one sample."""
-    flops, cache = sample.batch * decoder.layer(lengths), sample.batch * decoder.cache_bytes(lengths, element_size)
-    dense = sample.text + sum(image.tokens for image in sample.images)
-    dense_flops = sample.batch * float(decoder.layer(np.array(dense)))
-    dense_cache = sample.batch * decoder.cache_bytes(float(dense), element_size)
+    flops, cache = sample.batch * decoder.stages(lengths, layers), decoder.cache_bytes(lengths, element_size)
+    dense = np.full_like(lengths, sample.text + sum(image.tokens for image in sample.images))
+    dense_flops, dense_cache = decoder.stages(dense, layers), decoder.cache_bytes(dense, element_size)
+    attends, linear = decoder.split(layers)
+    states = linear * (0 if decoder.linear is None else decoder.linear.state_values) * element_size
     ends = np.cumsum(layers).tolist()
     costs = []
     for i, (end, count) in enumerate(zip(ends, layers, strict=True)):
@@ -251,9 +253,11 @@ def _stages(
                 end_layer=end,
                 visual_tokens=visual,
                 text_tokens=sample.batch * sample.text,
-                prefill=Cost(count * dense_flops, count * float(flops[i])),
+                prefill=Cost(sample.batch * float(dense_flops[i]), float(flops[i])),
                 cache=Cost(
-                    count * dense_cache, count * float(cache[i]) - float(decoder.cache_bytes(dropped, element_size))
+                    sample.batch * float(attends[i] * dense_cache[i] + states[i]),
+                    sample.batch * float(attends[i] * cache[i] + states[i])
+                    - float(decoder.cache_bytes(dropped, element_size)),
                 ),
             )
         )

@@ -100,8 +100,11 @@ def clock(
     """Measure dense and pruned in alternating order. A first repeat for warm-up is discarded.
 
     Raises:
-        ValueError: the decoder does not fit into memory.
+        ValueError: the decoder does not fit into memory, or is not Llama-like.
     """
+    if sizes.linear is not None or sizes.router:
+        kind = "linear attention" if sizes.linear is not None else "experts"
+        raise ValueError(f"--clock: only Llama-like decoders can be timed, and this one has {kind}; leave --clock out")
     needed, free = _weight_bytes(sizes, dtype), _free_bytes(device)
     if needed > free:
         raise ValueError(f"--clock: {_memory(sizes, needed, free, device)}; run --clock on a larger machine")

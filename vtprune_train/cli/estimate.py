@@ -35,6 +35,7 @@ from vtprune_train.models.families import KNOWN_CONFIGS, family_of_type
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
+from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words
 
@@ -289,11 +290,14 @@ def _method(
 ) -> PruningMethod | None:
     """Build the method from ``settings`` and ``options``, and check that it fits the decoder. ``place`` is the prefix
     of errors; ``None`` means that they are about options."""
-    num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
+    text = config.get_text_config()
+    num_layers = DecoderGeometry.of(text).num_layers
     try:
         method = method_from_settings(changed(settings, options or {}))
         if method is not None:
+            method = fitted(method, text)
             check_method(method, num_layers)
+            check_attending(method, text)
     except ValueError as error:
         option = str(error).partition("=")[0] in OPTIONS  # otherwise from --set
         raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error

@@ -32,6 +32,7 @@ from vtprune_train.evaluation.answering import (
     batchable,
     open_image,
     prompt_text,
+    recorded_chat,
     recorded_prompt,
 )
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     added = recorded_prompt(arguments.model, data)
     questions, malformed = read_questions(
         data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader,
+        recorded_chat(arguments.model),
         videos=None if arguments.videos is None else Path(arguments.videos),
     )  # fmt: skip
     loaded = load_model(arguments)

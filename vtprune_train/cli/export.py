@@ -168,7 +168,7 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
     for name, parameter in model.named_parameters():
         check_range(name, parameter, dtype)
     model.to(dtype)
-    template = recorded_template(source)
+    template = recorded_template(source, processor.tokenizer)
     if template is not None:
         stop_where_answers_end(model, processor.tokenizer, template)
 

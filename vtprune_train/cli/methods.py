@@ -10,6 +10,7 @@ import textwrap
 from typing import Any
 
 from vtprune_train.pruning import METHODS, NONE, method_class, setting_types
+from vtprune_train.pruning.setting_types import fields_of
 
 WIDTH = 120
 NO_BREAK = "\N{NO-BREAK SPACE}"  # keeps "arXiv" and its number on one line, so that they can be searched for
@@ -53,7 +54,7 @@ def facts_of(name: str) -> dict[str, Any]:
     types = setting_types(cls)
     settings = [
         {"name": field.name, "type": _type_name(types[field.name]), "default": _default(field)}
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        for field in fields_of(cls)
     ]
     facts = {"name": name, "where": cls.where, "trains": cls.trains, "paper": cls.paper}
     doc = inspect.cleandoc(cls.__doc__ or "")

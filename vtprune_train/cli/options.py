@@ -12,7 +12,7 @@ import yaml
 
 from vtprune_train.config.include import read_pruning
 from vtprune_train.config.pruning import TRAINING_ONLY
-from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_prompt
+from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_chat, recorded_prompt
 from vtprune_train.evaluation.questions import Question, read_questions
 from vtprune_train.models.families import register_family
 from vtprune_train.models.io import original
@@ -82,7 +82,8 @@ def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Que
     data = Path(arguments.data)
     prompt = recorded_prompt(arguments.model, data)
     images, ignore = Path(arguments.images), arguments.ignore
-    return read_questions(data, images, limit, arguments.seed, ignore, prompt, arguments.reader)
+    chat = recorded_chat(arguments.model)
+    return read_questions(data, images, limit, arguments.seed, ignore, prompt, arguments.reader, chat)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

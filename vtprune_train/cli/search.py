@@ -124,11 +124,11 @@ def flop_share(method: PruningMethod | None, geometry: DecoderGeometry, text: np
         return 1.0
     drops = method.drops(geometry.num_layers)
     lengths = stage_lengths(text, visual, np.arange(len(text)), drops)
-    layers = np.array(layers_per_stage(drops, geometry.num_layers))
+    layers = layers_per_stage(drops, geometry.num_layers)
     projects = method.needs.rank_with == "next_layer"
     ranking = sum(geometry.selector(n, len(text), n, projects) for n in lengths[:, :-1].sum(axis=0).tolist())
-    dense = geometry.layer(lengths[:, 0]).sum() * geometry.num_layers
-    return float(((geometry.layer(lengths) * layers).sum() + ranking) / dense)
+    dense = geometry.stages(lengths[:, :1], [geometry.num_layers]).sum()
+    return float((geometry.stages(lengths, layers).sum() + ranking) / dense)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -92,13 +92,14 @@ def _suggestion(key: str) -> str:
 def _methods() -> dict[str, dict[str, str]]:
     """The settings of each pruning method, with description and default."""
     from vtprune_train.pruning import METHODS, method_class
+    from vtprune_train.pruning.setting_types import fields_of
 
     methods: dict[str, dict[str, str]] = {}
     for name in METHODS:
         cls: Any = method_class(name)
         descriptions = method_settings(cls)
         methods[name] = {
-            field.name: f"{descriptions[field.name]} (default {_default(field)})" for field in dataclasses.fields(cls)
+            field.name: f"{descriptions[field.name]} (default {_default(field)})" for field in fields_of(cls)
         }
     return methods
 

@@ -41,8 +41,8 @@ class VideoConfig(Section):
     max_pixels: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of pixels that frames are resized to, in families with images of any size: of a "
-        "frame (Qwen2-VL, Qwen2.5-VL) or of all frames together (Qwen3-VL, Qwen3.5).",
+        description="Maximum number of pixels after resizing, in families with images of any size. In Qwen2-VL and "
+        "Qwen2.5-VL of each frame, in Qwen3-VL and Qwen3.5 of all frames together.",
     )
 
     @model_validator(mode="after")
@@ -112,8 +112,9 @@ class DataConfig(Section):
     eval: list[SourceConfig] = Field([], description="Held-out sources for evaluation, written like `data.train`.")
     template: str | dict[str, Any] = Field(
         "vicuna_v1",
-        description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or custom fields. The fields are user, "
-        "assistant, answer, separator and system. `plain` is for projector alignment: only images and captions.",
+        description="Chat template: auto, plain, vicuna_v1, llama_3, mistral, qwen, or custom fields. `auto` is the "
+        "template of the checkpoint's processor. The fields are user, assistant, answer, separator and system. `plain` "
+        "is for projector alignment: only images and captions.",
     )
     system: PromptText | None = Field(
         None, description="System prompt instead of the template's; an empty text means none."
@@ -194,6 +195,18 @@ class DataConfig(Section):
                 raise ValueError(
                     f"{key} has {len(text)} characters, so every record exceeds "
                     f"data.max_text_bytes={self.max_text_bytes}; shorten it or raise max_text_bytes"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _auto_is_as_saved(self) -> DataConfig:
+        others = {"system": None, "image_position": "as_written", "tokenization": "processor"}
+        for name, default in others.items():
+            if self.template == "auto" and getattr(self, name) != default:
+                instead = "; write it in the entries' prompt.system" if name == "system" else ""
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} cannot be used with data.template=auto, because the checkpoint's "
+                    f"chat template stays as it is{instead}"
                 )
         return self
 

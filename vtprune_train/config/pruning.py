@@ -125,6 +125,16 @@ class PruningConfig(Section):
 
         return method_from_settings(self.settings)
 
+    def fit(self, text_config: Any) -> None:
+        """Move default drop points to layers that attend, in a decoder in which not all do (Qwen3.5)."""
+        from vtprune_train.pruning.attending import fitted
+
+        if (method := self.build()) is not None and (moved := fitted(method, text_config)) is not method:
+            settings = moved.settings()
+            self.__dict__["method"] = settings.pop("method")
+            assert self.__pydantic_extra__ is not None
+            self.__pydantic_extra__.update(settings)
+
     def phases(self, total_steps: int, seed: int) -> Any:
         """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps that trains the decoder;
         :meth:`Config.phases` is for any run."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from vtprune_train.core.plan import counts_per_stage, fronts_of
-from vtprune_train.core.stream import Boundary, Drop, StreamPlan
+from vtprune_train.core.stream import Boundary, Drop, ImageSpan, StreamPlan
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -35,9 +35,55 @@ TYPICAL_TEXT = 121
 TYPICAL_VISUAL = 2268
 
 
+DELTA_CHUNK = 64  # tokens that kernels of the delta rule process at a time
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Dimensions of a linear attention layer with a gated delta rule: heads for keys (and queries) and for values, and
+    the kernel size of its convolution."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state_values(self) -> int:
+        """Number of values that the cache holds for a sample: the recurrent state and the convolution's inputs."""
+        return self.value_heads * self.key_dim * self.value_dim + self.channels * self.kernel
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """The projections, and the size that is not the hidden size: queries, keys and values; gate; rate; decay;
+        output."""
+        value = self.value_heads * self.value_dim
+        sizes = self.channels, value, self.value_heads, self.value_heads, value
+        return dict(zip(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), sizes, strict=True))
+
+    @property
+    def mixing(self) -> float:
+        """Forward FLOPs per token of convolution and delta rule, in chunks of :data:`DELTA_CHUNK` tokens: two products
+        of keys and one with values within a chunk, three with the state. Solving the triangular system is not
+        counted."""
+        within = DELTA_CHUNK * (4 * self.key_dim + 2 * self.value_dim)
+        return 2.0 * self.kernel * self.channels + self.value_heads * (within + 6.0 * self.key_dim * self.value_dim)
+
+
 @dataclass(frozen=True)
 class DecoderGeometry:
-    """Dimensions of a decoder with gated MLP and grouped-query attention."""
+    """Dimensions of a decoder with gated MLP and grouped-query attention.
+
+    With experts, ``intermediate`` is the width of all MLPs that a token uses, and ``router`` the number of routing
+    scores. ``gated``: queries are projected together with a gate of the output. ``linear``: sizes of the layers that
+    are not in ``attending``; ``None`` if all layers attend.
+    """
 
     num_layers: int
     hidden: int
@@ -46,58 +92,104 @@ class DecoderGeometry:
     kv_heads: int
     head_dim: int
     vocab: int
+    router: int = 0
+    gated: bool = False
+    linear: LinearAttention | None = None
+    attending: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config) -> DecoderGeometry:
-        """Read a Llama-like text config.
+        """Read a Llama-like text config, also with experts of one size or with layers of linear attention.
 
         Raises:
-            ValueError: a size is missing, or the MLP is a mixture of experts.
+            ValueError: a size is missing, or the MLP is another mixture of experts.
         """
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        sizes: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+        sizes += () if _counts_experts(config) else ("intermediate_size",)
         if missing := [size for size in sizes if getattr(config, size, None) is None]:
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: its config has no {missing[0]}; only "
                 "Llama-like decoders are supported"
             )
-        if any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        if not _counts_experts(config) and any(getattr(config, name, None) for name in names):
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: mixture-of-experts models are not "
                 "supported"
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        intermediate, router = _mlp(config)
+        attending = attending_layers(config)
         return cls(
             config.num_hidden_layers,
             config.hidden_size,
-            config.intermediate_size,
+            intermediate,
             config.num_attention_heads,
             config.num_key_value_heads,
             head_dim,
             config.vocab_size,
+            router,
+            # Attention next to layers with a gated delta rule has a gate, too.
+            gated=hasattr(config, "linear_num_value_heads") and getattr(config, "attn_output_gate", True),
+            linear=None if attending is None else _linear(config),
+            attending=attending or (),
         )
 
     @property
     def per_token(self) -> float:
         """Forward FLOPs of one layer's projections and MLP for one token."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return 2.0 * self.hidden * (2 * query + 2 * key + 3 * self.intermediate)
+        projections = (3 if self.gated else 2) * query + 2 * key
+        return 2.0 * self.hidden * (projections + 3 * self.intermediate + self.router)
+
+    @property
+    def linear_per_token(self) -> float:
+        """Forward FLOPs of the projections and MLP of a linear attention layer for one token."""
+        assert self.linear is not None
+        projections = sum(self.linear.projected.values())
+        return 2.0 * self.hidden * (projections + 3 * self.intermediate + self.router)
 
     def adapter_per_token(self, rank: int, targets: Sequence[str] | None) -> float:
-        """Forward FLOPs per token of a LoRA adapter on the given projections of one layer (default: all projections).
+        """Forward FLOPs per token of a LoRA adapter on the given projections (default: all), mean over the layers.
 
         Raises:
             ValueError: the decoder has no such projection.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        inner = {"gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.intermediate}
-        other = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, **inner}
+        attention = {"q_proj": (2 if self.gated else 1) * query, "k_proj": key, "v_proj": key, "o_proj": query}
+        shares = dict.fromkeys(attention, 1.0)
+        if self.linear is not None:
+            shares = dict.fromkeys(attention, len(self.attending) / self.num_layers)
+            linear = self.linear.projected
+            attention |= linear
+            shares |= dict.fromkeys(linear, 1 - len(self.attending) / self.num_layers)
+        other = {**attention, **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.intermediate)}
         targets = list(other) if targets is None else targets
         if unknown := [name for name in targets if name not in other]:
             raise ValueError(f"the decoder has no linear layer named {unknown[0]!r}; it has {', '.join(other)}")
-        return 2.0 * rank * sum(self.hidden + other[name] for name in targets)
+        return 2.0 * rank * sum(shares.get(name, 1.0) * (self.hidden + other[name]) for name in targets)
+
+    def split(self, layers_per_stage: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """[stages] number of layers that attend, and of those with linear attention, in each stage."""
+        layers = np.asarray(layers_per_stage)
+        if self.linear is None:
+            return layers, np.zeros_like(layers)
+        edges = np.cumsum([0, *layers])
+        counts = np.diff(np.searchsorted(self.attending, edges))
+        return counts, layers - counts
+
+    def stages(self, lengths: np.ndarray, layers_per_stage: Sequence[int]) -> np.ndarray:
+        """Forward FLOPs of all layers of each stage, on segments of ``lengths`` [..., stages]."""
+        attends, linear = self.split(layers_per_stage)
+        flops = self.layer(lengths) * attends
+        if self.linear is not None:
+            flops = (
+                flops + (self.linear_per_token + self.linear.mixing) * np.asarray(lengths, dtype=np.float64) * linear
+            )
+        return flops
 
     def layer(self, lengths: np.ndarray) -> np.ndarray:
-        """Forward FLOPs of one layer on segments of these lengths (causal attention within each)."""
+        """Forward FLOPs of one layer that attends, on segments of these lengths (causal attention within each)."""
         n = np.asarray(lengths, dtype=np.float64)
         return self.per_token * n + 2.0 * self.heads * self.head_dim * n * (n + 1)
 
@@ -106,8 +198,13 @@ class DecoderGeometry:
         return 2.0 * rows * self.hidden * self.vocab
 
     def cache_bytes(self, tokens: Numbers, element_size: int) -> Numbers:
-        """Bytes of one layer's KV cache for ``tokens`` tokens."""
+        """Bytes of the KV cache of one layer that attends, for ``tokens`` tokens."""
         return 2.0 * tokens * self.kv_heads * self.head_dim * element_size
+
+    @property
+    def state_values(self) -> int:
+        """Number of values in the recurrent states of all layers for a sample."""
+        return 0 if self.linear is None else (self.num_layers - len(self.attending)) * self.linear.state_values
 
     def selector(self, tokens: float, query_rows: float, scored_tokens: float, projects: bool) -> float:
         """FLOPs of ranking at one drop point: key projection of all tokens (unless the layer's keys are reused), query
@@ -115,6 +212,60 @@ class DecoderGeometry:
         key, query = self.kv_heads * self.head_dim, self.heads * self.head_dim
         projections = 2.0 * self.hidden * (key * tokens + query * query_rows) if projects else 0.0
         return projections + 2.0 * query * scored_tokens
+
+
+# Of mixtures of experts that are built in another way.
+OTHER_EXPERTS = ("n_routed_experts", "n_shared_experts", "num_shared_experts", "first_k_dense_replace")
+
+
+def attending_layers(config: Any) -> tuple[int, ...] | None:
+    """The decoder layers of a text config that attend, counted from 0; ``None`` if none has linear attention."""
+    types = getattr(config, "layer_types", None) or ()
+    if "linear_attention" not in types:
+        return None
+    return tuple(index for index, kind in enumerate(types) if kind != "linear_attention")
+
+
+def _counts_experts(config: Any) -> bool:
+    """Whether the decoder has experts of one size, of which each token uses ``num_experts_per_tok``."""
+    if any(getattr(config, name, None) for name in OTHER_EXPERTS):
+        return False
+    return all(getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+
+
+def _mlp(config: Any) -> tuple[int, int]:
+    """Width of the MLPs that a token uses, and number of routing scores.
+
+    Raises:
+        ValueError: only some layers have experts.
+    """
+    if not _counts_experts(config):
+        return config.intermediate_size, 0
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"cannot count the FLOPs of the {config.model_type} decoder: only some of its layers have experts"
+        )
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    return config.num_experts_per_tok * config.moe_intermediate_size + shared, config.num_experts + bool(shared)
+
+
+def _linear(config: Any) -> LinearAttention:
+    """Sizes of the layers with linear attention.
+
+    Raises:
+        ValueError: they have no gated delta rule.
+    """
+    if getattr(config, "linear_num_value_heads", None) is None:
+        raise ValueError(
+            f"cannot count the FLOPs of the {config.model_type} decoder: its linear attention is not a gated delta rule"
+        )
+    return LinearAttention(
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+    )
 
 
 @dataclass(frozen=True)
@@ -235,8 +386,12 @@ class TrainingCost:
         passes = 3 if self.trains_decoder else 2
         tokens = np.asarray(stage_lengths, dtype=np.float64)
         attention = self.decoder.layer(tokens) - self.decoder.per_token * tokens
-        per_layer = (passes * self.decoder.per_token + 3 * self.adapter) * tokens + 3 * attention
-        per_stage = per_layer * np.asarray(layers_per_stage)
+        attends, linear = self.decoder.split(layers_per_stage)
+        per_stage = (passes * self.decoder.per_token * tokens + 3 * attention) * attends
+        if self.decoder.linear is not None:
+            per_token = passes * self.decoder.linear_per_token + 3 * self.decoder.linear.mixing
+            per_stage = per_stage + per_token * tokens * linear
+        per_stage = per_stage + 3 * self.adapter * tokens * np.asarray(layers_per_stage)
         return per_stage.sum(axis=-1) + passes * self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def forward_text(
@@ -244,32 +399,49 @@ class TrainingCost:
     ) -> np.ndarray:
         """[samples] FLOPs of a forward-only pass of decoder and head."""
         tokens = np.asarray(stage_lengths, dtype=np.float64)
-        per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
+        adapter = self.adapter * tokens * np.asarray(layers_per_stage)
+        per_stage = self.decoder.stages(tokens, layers_per_stage) + adapter
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
         """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
         in time of each video, which do not attend to each other in the tower; 0 for an image."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
-        steps = np.ones(len(tiles)) if frames is None else np.maximum(frames, 1)
         count = np.asarray(tiles, dtype=np.float64)
+        steps = np.ones_like(count) if frames is None else np.maximum(frames, 1)
         return steps * self.tower.tower(count / steps) * (3 if self.trains_tower else 1) + self.tower.projector(
             count
         ) * (3 if self.trains_tower else 2 if self.trains_projector else 1)
 
 
-def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarray, drops: Sequence[Drop]) -> np.ndarray:
-    """[samples, stages] tokens of each sample in each stage.
+def stage_lengths(
+    text: np.ndarray,
+    spans: np.ndarray,
+    sample_of_span: np.ndarray,
+    drops: Sequence[Drop],
+    frames: np.ndarray | None = None,
+) -> np.ndarray:
+    """[samples, stages] tokens of each sample in each stage. Steps in time are assumed to have equally many tokens.
 
     Args:
         text: [samples] text tokens.
         spans: [spans] visual tokens of every image.
         sample_of_span: [spans] the sample each image belongs to.
         drops: the schedule.
+        frames: [spans] number of steps in time of every video, 0 for an image; ``None`` if unknown.
     """
-    counts = counts_per_stage(drops, spans)
+    known: Sequence[ImageSpan] = ()
+    if frames is not None and any(type(drop).kept_of is not Drop.kept_of for drop in drops):
+        known = [_span(int(length), int(steps)) for length, steps in zip(spans, frames, strict=True)]
+    counts = counts_per_stage(drops, spans, spans=known)
     visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
     return np.stack([text + own for own in visual], axis=1)
+
+
+def _span(length: int, steps: int) -> ImageSpan:
+    """A span of this many tokens; the tokens that do not fill a step are newlines."""
+    per_step, newlines = divmod(length, max(steps, 1))
+    return ImageSpan(0, length, ((1, per_step),) * steps + ((1, 1),) * newlines if steps else (), steps)
 
 
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
@@ -388,13 +560,14 @@ class PassCost:
         per_stage, layers = visual_per_stage(plan), stage_layers(plan)
         images = sum(len(segment.spans) for segment in plan.outline.segments)
         visual = VisualTokens.of(per_stage, layers, kept_keys(method, per_stage, layers, images))
-        tokens = float(np.dot(lengths.sum(axis=0), layers))
+        tokens = float(np.dot(lengths.sum(axis=0), cost.decoder.split(layers)[0]))
+        states = len(lengths) * cost.decoder.state_values
         hidden = cost.decoder.num_layers * (visual.entering - visual.cached + sum(hidden_text(plan, method)))
         return cls(
             float(cost.text(lengths, layers, supervised).sum()),
             selector_flops(cost.decoder, plan, method),
             visual,
-            cost.decoder.cache_bytes(tokens - hidden, 1),
+            cost.decoder.cache_bytes(tokens - hidden, 1) + states,
         )
 
 

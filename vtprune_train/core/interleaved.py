@@ -34,7 +34,8 @@ def locate(boundary: Boundary, rows: Rows) -> Boundary:
 
 
 def advance(boundary: Boundary, text_origin: Tensor, kept_origin: Tensor) -> tuple[Boundary, Rows]:
-    """Order the tokens of the next stage by their rows in the first stage.
+    """Order the tokens of the next stage by their rows in the first stage. Kept tokens of a span without text between
+    them stay in the order of the choice, as in a batch without such videos.
 
     Args:
         boundary: a drop point.
@@ -45,6 +46,9 @@ def advance(boundary: Boundary, text_origin: Tensor, kept_origin: Tensor) -> tup
     Returns:
         The boundary with ``next_order`` and ``next_visual_rows``, and the rows of the next stage.
     """
+    assert boundary.scattered is not None, "the rows of this boundary are known on the host"
+    in_place = kept_origin.sort().values  # spans do not overlap: each has its own rows, ascending
+    kept_origin = torch.where(boundary.scattered, kept_origin, in_place)
     order = torch.argsort(torch.cat([text_origin, kept_origin]), stable=True)
     row = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
     rows = Rows(row[: len(text_origin)], row[len(text_origin) :])

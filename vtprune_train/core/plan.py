@@ -33,7 +33,10 @@ from vtprune_train.core.stream import (
 
 
 def counts_per_stage(
-    drops: Sequence[Drop], lengths: Sequence[int] | np.ndarray, measured: Sequence[np.ndarray] = ()
+    drops: Sequence[Drop],
+    lengths: Sequence[int] | np.ndarray,
+    measured: Sequence[np.ndarray] = (),
+    spans: Sequence[ImageSpan] = (),
 ) -> list[np.ndarray]:
     """Token count of each span in every stage: a list of len(drops) + 1 arrays [spans] int64.
 
@@ -41,6 +44,7 @@ def counts_per_stage(
         drops: in the order in which they act.
         lengths: [spans] token counts before the first drop.
         measured: actual counts after the first drops, if already known.
+        spans: the spans, if known; without them, drops that tell videos from images count every span as a long video.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
     found: dict[int, np.ndarray] = {}
@@ -50,11 +54,20 @@ def counts_per_stage(
         if index < len(measured):
             counts.append(np.asarray(measured[index], dtype=np.int64))
             continue
-        pairs, place = np.unique(np.stack([original, before]), axis=1, return_inverse=True)
-        kept = np.array([drop.kept(length, now) for length, now in pairs.T.tolist()], dtype=np.int64)
-        kept = kept if drop.adds or drop.returns else np.minimum(kept, pairs[1])
-        counts.append(kept[place.ravel()])
+        kept = _kept(drop, original, before, spans)
+        counts.append(kept if drop.adds or drop.returns else np.minimum(kept, before))
     return counts
+
+
+def _kept(drop: Drop, original: np.ndarray, before: np.ndarray, spans: Sequence[ImageSpan]) -> np.ndarray:
+    """[spans] int64, token count of each span after a drop."""
+    pairs = np.stack([original, before])
+    if spans:
+        known = [drop.kept_of(span, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
+        return np.array(known, dtype=np.int64)
+    different, place = np.unique(pairs, axis=1, return_inverse=True)
+    kept = np.array([drop.kept(length, now) for length, now in different.T.tolist()], dtype=np.int64)
+    return kept[place.ravel()]
 
 
 def plan_stream(
@@ -83,7 +96,8 @@ def plan_stream(
         raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
     segments = divided(segments, getattr(method, "per", "video"), bool(key_layers))
     layout = _StreamLayout.of(segments)
-    kept = counts_per_stage(drops, layout.lengths, measured)
+    spans = [span for segment in segments for span in segment.spans]
+    kept = counts_per_stage(drops, layout.lengths, measured, spans)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
     edges = [0, *(drop.layer for drop in drops), num_layers]
     stages = tuple(
@@ -180,7 +194,7 @@ class _StreamLayout:
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
     visual: list[np.ndarray]  # the rows of each span
-    interleaved: bool  # whether text stands between the tokens of a span
+    scattered: np.ndarray  # [spans] bool, whether text stands between the tokens of a span
     text: np.ndarray  # [T - V]
     after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
@@ -214,7 +228,7 @@ class _StreamLayout:
             starts=rows(starts),
             lengths=rows(lengths),
             visual=visual,
-            interleaved=any(span.runs for segment in segments for span in segment.spans),
+            scattered=np.array([bool(span.runs) for segment in segments for span in segment.spans], dtype=bool),
             text=np.flatnonzero(is_text),
             after_query=rows(after_query),
             query_segment=rows(query_segment),
@@ -222,6 +236,11 @@ class _StreamLayout:
             supervised=rows(supervised),
             segments=segments,
         )
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether text stands between the tokens of any span."""
+        return bool(self.scattered.any())
 
     def rows_that_rank(self, drop: Drop) -> tuple[np.ndarray, np.ndarray]:
         """[Q] the row after each query row, and the segment it belongs to."""
@@ -355,6 +374,7 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         drop=drop,
         uniform=uniform,
         scored_shift=torch.from_numpy(per_token) if layout.interleaved else None,
+        scattered=torch.from_numpy(np.repeat(layout.scattered, after.kept)) if layout.interleaved else None,
     )
 
 

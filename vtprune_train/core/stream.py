@@ -111,8 +111,8 @@ def text_key(ids: np.ndarray) -> int:
 @dataclass(frozen=True)
 class Drop:
     """A drop point: before decoder layer ``layer`` (0: before the decoder), each span of n tokens keeps
-    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` to
-    count differently.
+    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` and
+    :meth:`kept_of` to count differently.
 
     Args:
         layer: decoder layer, counted from 0, before which tokens are dropped or added.
@@ -148,6 +148,10 @@ class Drop:
             before: the span's token count in the stage before the drop.
         """
         return length if self.returns else floor_of(self.keep, length)
+
+    def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
+        """Like :meth:`kept`, if the span itself is known: methods for videos count by its steps in time."""
+        return self.kept(length, before)
 
 
 @dataclass
@@ -236,6 +240,7 @@ class Boundary:
             computes ``text_rows``, ``visual_rows``, ``visual_in_scored``, ``next_order`` and ``next_visual_rows`` on
             the device (:func:`vtprune_train.core.interleaved.locate`); their lengths are those planned here. ``None``
             if all rows are known on the host.
+        scattered: [K] bool, kept tokens of videos with text between their tokens; ``None`` like ``scored_shift``.
     """
 
     layer: int
@@ -252,6 +257,7 @@ class Boundary:
     drop: Drop
     uniform: Tensor | None = None
     scored_shift: Tensor | None = None
+    scattered: Tensor | None = None
 
 
 class Outline:

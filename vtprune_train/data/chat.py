@@ -12,19 +12,22 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.core.stream import IGNORE, IMAGE, VIDEO
+from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.sources.base import BOUNDS, TooLarge, utf8_length
 from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
+from vtprune_train.data.turns import IMAGE_MARK, VISUAL, Turn
+
+__all__ = ["TEMPLATES", "UNSUPERVISED", "ChatEncoder", "EncodedChat", "Template", "Turn", "get_template"]
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to train on"
 FLAGS, AROUND_TEXT, BETWEEN = ("bos", "images_only"), ("user", "system", "answer"), ("assistant", "separator")
-VISUAL, _IMAGE = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}"), re.compile(re.escape(IMAGE))
 TOKENIZED = "whole text"  # part of the fingerprint of cached lengths
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -34,15 +37,6 @@ LLAMA_3_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: ``role`` is system, user or assistant; ``text`` contains ``<image>`` in place of each image and
-    ``<video>`` in place of each video."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Template:
         object.__setattr__(self, "answer", self.assistant[len(kept) :] + self.answer)
         object.__setattr__(self, "assistant", kept)
 
-    def pieces(self, turns: Sequence[Turn], mark: re.Pattern[str] = _IMAGE) -> Iterator[tuple[str, bool]]:
+    def pieces(self, turns: Sequence[Turn], mark: re.Pattern[str] = IMAGE_MARK) -> Iterator[tuple[str, bool]]:
         """``(text, supervised)``, alternating between the text before an answer and the answer. ``mark`` matches
         placeholders, for ``images_only``."""
         turns = list(turns)
@@ -137,9 +131,8 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
     """
     if isinstance(spec, str):
         if spec not in TEMPLATES:
-            raise ValueError(
-                f"data.template={spec!r} is unknown; known: {', '.join(TEMPLATES)}; or write a custom template's fields"
-            )
+            known = ", ".join((*TEMPLATES, AUTO))
+            raise ValueError(f"data.template={spec!r} is unknown; known: {known}; or write a custom template's fields")
         return TEMPLATES[spec]
     fields = {field.name: field for field in dataclasses.fields(Template)}
     if unknown := sorted(set(spec) - set(fields)):
@@ -194,7 +187,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: has the image token as an added token.
-        template: see :class:`Template`.
+        template: see :class:`Template`, or the checkpoint's chat template.
         image_token_id: id of the image token.
         image_position: ``as_written``, or ``first`` to move the image or video of a message with only one to its
             front, as LLaVA's original code does.
@@ -210,16 +203,13 @@ class ChatEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        template: Template,
+        template: Template | AutoTemplate,
         image_token_id: int,
         image_position: Literal["as_written", "first"] = "as_written",
         placeholder: str = IMAGE,
         tokenization: Literal["processor", "llava"] = "processor",
         video_token_id: int | None = None,
     ):
-        texts = {name: getattr(template, name) for name in (*AROUND_TEXT, *BETWEEN)}
-        if tokenizer.eos_token is None and any("{eos}" in text for text in texts.values()):
-            raise ValueError(f"template {template.name} writes {{eos}}, but the tokenizer has no eos_token")
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(image_token_id)
@@ -228,8 +218,7 @@ class ChatEncoder:
         self.image_position = image_position
         self.placeholder = placeholder.replace(IMAGE, self.image_token)
         self.bos = (template.bos and tokenizer.bos_token) or ""
-        eos = tokenizer.eos_token or ""
-        self.template = dataclasses.replace(template, **{name: t.replace("{eos}", eos) for name, t in texts.items()})
+        self.template = template if isinstance(template, AutoTemplate) else _with_eos(template, tokenizer)
         self.spaces = tokenization == "llava" and writes_spaces(tokenizer)
         self._tokens = SectionTokenizer(tokenizer)
         self._special = tuple(tokenizer.all_special_tokens)
@@ -314,6 +303,10 @@ class ChatEncoder:
     def _render(self, turns: Sequence[Turn], visuals: Sequence[str] | None = None) -> _Rendered:
         """Format a conversation."""
         mark, texts = self._visuals(turns, visuals)
+        if isinstance(self.template, AutoTemplate):
+            marks = sum(len(mark.findall(turn.text)) for turn in turns if turn.role != "assistant")
+            text, places, written = self.template.format(turns, mark, list(islice(texts, marks)))
+            return _Rendered(text, places, self._num_runs(written))
         if self.image_position == "first":
             turns = [_image_first(turn, mark) for turn in turns]
         text, places, written = self.bos, [], []
@@ -327,20 +320,23 @@ class ChatEncoder:
             if is_answer:
                 places += [len(text), len(text) + len(piece)]
             text += piece
-        tokens = [token for token in (self.image_token, self.video_token) if token]
-        chat = _Rendered(text, places, sum(visual.count(token) for visual in written for token in tokens))
+        chat = _Rendered(text, places, self._num_runs(written))
         return self._with_spaces(chat, written) if self.spaces else chat
+
+    def _num_runs(self, visuals: Sequence[str]) -> int:
+        tokens = [token for token in (self.image_token, self.video_token) if token]
+        return sum(visual.count(token) for visual in visuals for token in tokens)
 
     def _visuals(self, turns: Sequence[Turn], visuals: Sequence[str] | None) -> tuple[re.Pattern[str], Iterator[str]]:
         """The pattern of the placeholders and the texts that replace them, in order. ``<video>`` is text in a
         conversation without videos."""
         if visuals is None:
-            return _IMAGE, repeat(self.placeholder)
+            return IMAGE_MARK, repeat(self.placeholder)
         tokens = {IMAGE: self.image_token, VIDEO: self.video_token or VIDEO}
-        counts = [sum(len(mark.findall(turn.text)) for turn in turns) for mark in (VISUAL, _IMAGE)]
+        counts = [sum(len(mark.findall(turn.text)) for turn in turns) for mark in (VISUAL, IMAGE_MARK)]
         if len(visuals) not in counts:
             raise ValueError(f"{len(visuals)} image(s) and videos, but {counts[0]} placeholders in the text")
-        mark = VISUAL if len(visuals) == counts[0] else _IMAGE
+        mark = VISUAL if len(visuals) == counts[0] else IMAGE_MARK
         return mark, iter([VISUAL.sub(lambda match: tokens[match.group()], visual) for visual in visuals])
 
     def _with_spaces(self, chat: _Rendered, visuals: Sequence[str]) -> _Rendered:
@@ -365,7 +361,7 @@ class ChatEncoder:
     def _placed(self, chat: _Rendered, ids: list[int], edges: list[Edge]) -> _Tokenized:
         """Locate the tokens of each answer, from the first that differs from those of its prompt, tokenized alone."""
         text, places = chat.text, chat.places
-        if edges and not edges[-2].exact:
+        if edges and not edges[-2].exact and isinstance(self.template, Template):
             # In inference the last prompt is tokenized alone; earlier prompts are part of it.
             start = places[-2]
             [(prompt, before)] = self._tokens.locate([(text[:start], places[:-2])])
@@ -392,7 +388,7 @@ class ChatEncoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = str(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
         images = f"{'|'.join(map(str, self.visual_ids))}|{self.placeholder}|{self.image_position}"
-        return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{content}"
+        return f"{TOKENIZED}|{self.template!r}|{images}|{self.spaces}|{self.bos}|{self._added}|{content}"
 
 
 @dataclass(frozen=True)
@@ -428,7 +424,16 @@ class _Tokenized:
             raise ValueError(f"its text contains the {tokens} {count - self.num_runs} time(s) without an image")
 
 
-def _image_first(turn: Turn, mark: re.Pattern[str] = _IMAGE) -> Turn:
+def _with_eos(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template with the tokenizer's end-of-sequence token for ``{eos}``."""
+    texts = {name: getattr(template, name) for name in (*AROUND_TEXT, *BETWEEN)}
+    if tokenizer.eos_token is None and any("{eos}" in text for text in texts.values()):
+        raise ValueError(f"template {template.name} writes {{eos}}, but the tokenizer has no eos_token")
+    eos = tokenizer.eos_token or ""
+    return dataclasses.replace(template, **{name: text.replace("{eos}", eos) for name, text in texts.items()})
+
+
+def _image_first(turn: Turn, mark: re.Pattern[str] = IMAGE_MARK) -> Turn:
     marks = mark.findall(turn.text)
     if turn.role != "user" or len(marks) != 1:
         return turn

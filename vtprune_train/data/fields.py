@@ -20,6 +20,10 @@ VIDEOS = ("videos", "video")
 SYSTEM = ("system", "system_prompt", "system_message")
 RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *VIDEOS, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
+# Read only for a checkpoint's chat template (`data.template: auto`).
+CHAT_RECORD = RECORD | {"tools"}
+CHAT_TURN = TURN | {"reasoning_content", "reasoning", "thinking", "tool_calls", "prefix"}
+CHAT_TOOL_TURN = TURN | {"tool_call_id", "name"}
 
 LONGEST_NAME = 256  # characters of a field's name
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag that selects what is trained on", "a weight", "a mask", "an image"
@@ -81,6 +85,7 @@ _MARK = re.compile(
 _IMAGE_MARK = re.compile(
     r"<(?:image[_ -]?\d*|image_?(?:here|placeholder|pad)|img|picture)>|<\|image(?:_pad|_\d+)?\|>", re.IGNORECASE
 )
+WITH_AUTO = "`data.template: auto` formats it by the checkpoint's chat template"
 HOW_TO_FIX = "remove it, or list it in the entry's `ignore` if it can be ignored"
 
 
@@ -150,8 +155,9 @@ def check_fields(
                 _check_value(name, value)
                 unread.add(name)
         elif not _changes_nothing(kind, name, value, answer):
+            hint = f"; {WITH_AUTO}" if name in (CHAT_RECORD | CHAT_TURN) - RECORD - TURN else ""
             raise ValueError(
-                f"its field {name!r} ({_shortened(value)}) holds {kind}, which is not supported; {HOW_TO_FIX}"
+                f"its field {name!r} ({_shortened(value)}) holds {kind}, which is not supported; {HOW_TO_FIX}{hint}"
             )
     return unread
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.core.stream import IMAGE, VIDEO
+from vtprune_train.data.auto_template import AutoTemplate
 from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.models.families.base import Lacks, Loop
 
@@ -130,6 +131,8 @@ def video_text(tokenizer: PreTrainedTokenizerBase, loop: Loop) -> tuple[str, str
 def written_by(encoder: ChatEncoder, loop: Loop | None = None) -> str:
     """The chat template of ``encoder``: prompts formatted by it, with images and videos expanded by the processor of
     the family of ``loop``, have the same ids as in training. Without ``loop`` it takes no videos."""
+    if isinstance(encoder.template, AutoTemplate):
+        return encoder.template.source
     return chat_template(
         encoder.template,
         image_first=encoder.image_position == "first",

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vtprune_train.data.auto_template import AutoTemplate
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE
 from vtprune_train.data.records import Conversation, Prompt, normalize
@@ -82,6 +83,11 @@ class Measure:
     reader: str = ""
     videos: Path | None = None
 
+    @property
+    def chat(self) -> bool:
+        """See :func:`~vtprune_train.data.records.normalize`."""
+        return isinstance(self.encoder.template, AutoTemplate)
+
     def fingerprint(self) -> dict[str, Any]:
         """Settings that affect the lengths."""
         encoder = hashlib.sha256(self.encoder.fingerprint().encode()).hexdigest()[:16]
@@ -94,6 +100,7 @@ class Measure:
             "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
             "bounds": list(self.bounds),
+            **({"chat": True} if self.chat else {}),
             **({"reader": reader_identity(self.reader)} if self.reader else {}),
             **({} if self.videos is None else {"videos": str(self.videos.resolve())}),
         }
@@ -150,7 +157,8 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
     errors: list[str] = []
     unread: Counter[str] = Counter()
     done = 0
-    read = ((place, normalize(record, "", measure.ignore, measure.bounds.text)) for place, record in reader.scan(piece))
+    settings = measure.ignore, measure.bounds.text
+    read = ((place, normalize(record, "", *settings, chat=measure.chat)) for place, record in reader.scan(piece))
     for batch in _batches(read):
         conversations = [conversation for _, conversation in batch]
         measured = measure(conversations)
@@ -216,7 +224,7 @@ def _columns(
 
 def content_hash(conversation: Conversation) -> int:
     """Hash of a record's id, turns, error, and the names of its images and videos (or the sizes of embedded ones)."""
-    texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
+    texts = [part for turn in conversation.turns for part in (turn.role, turn.text, *filter(None, [turn.fields]))]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
     for video in conversation.videos:
         file = str(len(video.file)) if isinstance(video.file, bytes) else str(video.file)

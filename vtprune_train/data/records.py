@@ -11,26 +11,34 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.data.fields import (
+    CHAT_RECORD,
+    CHAT_TOOL_TURN,
+    CHAT_TURN,
     CONVERSATIONS,
     IMAGES,
     RECORD,
     SYSTEM,
     TURN,
     VIDEOS,
+    WITH_AUTO,
     check_fields,
     check_marks,
     is_empty,
 )
+from vtprune_train.data.message_fields import message_fields, tools_turn
 from vtprune_train.data.sources import find_files, open_reader
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, TooLarge, utf8_length
+from vtprune_train.data.turns import TOOLS
 from vtprune_train.data.visuals import VisualFile
 
+CHAT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ID = 4096  # characters; ids are written to logs, metrics and checkpoints
 TURN_BYTES = 256  # added per turn, for the template's text around it and the overhead of the object
@@ -142,8 +150,8 @@ class Prompt:
         text = turns[first].text
         match = _LEADING_IMAGES.match(text)
         images = match.group() if match else ""
-        turns[first] = Turn("user", f"{images}{self.prefix}{text[len(images) :]}{self.suffix}")
-        if self.system is not None and turns[0].role != "system":
+        turns[first] = replace(turns[first], text=f"{images}{self.prefix}{text[len(images) :]}{self.suffix}")
+        if self.system is not None and all(turn.role != "system" for turn in turns):
             turns.insert(0, Turn("system", self.system))
         return replace(conversation, turns=tuple(turns))
 
@@ -152,7 +160,7 @@ NO_PROMPT = Prompt()
 
 
 def read_records(
-    path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS, reader: str = ""
+    path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS, reader: str = "", *, chat: bool = False
 ) -> Iterator[Conversation]:
     """Yield all conversations of a data file, or of the files of a folder or glob.
 
@@ -160,6 +168,7 @@ def read_records(
         ignore: see :func:`normalize`.
         bounds: a record that exceeds them has an ``error`` and no content.
         reader: path of a reader outside the package.
+        chat: see :func:`normalize`.
 
     Raises:
         ValueError: see :func:`vtprune_train.data.sources.find_files` and the readers.
@@ -168,7 +177,7 @@ def read_records(
         opened = open_reader(file, bounds.record, reader)
         records = (record for piece in opened.pieces() for _, record in opened.scan(piece))
         for number, record in enumerate(records):
-            yield normalize(record, default_id(file, number), ignore, bounds.text)
+            yield normalize(record, default_id(file, number), ignore, bounds.text, chat=chat)
 
 
 def default_id(file: Path, number: int) -> str:
@@ -176,13 +185,17 @@ def default_id(file: Path, number: int) -> str:
     return f"{file.stem}-{number}"
 
 
-def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_text: int = BOUNDS.text) -> Conversation:
+def normalize(
+    record: Any, default_id: str, ignore: Collection[str] = (), max_text: int = BOUNDS.text, *, chat: bool = False
+) -> Conversation:
     """Convert a record to a conversation; ``error`` says why if it cannot be used.
 
     Args:
         default_id: id of a record without one.
         ignore: fields and markers (``<video>``) that are accepted although they would be refused.
         max_text: limit of :func:`text_bytes`.
+        chat: the checkpoint's chat template formats the conversation (``data.template: auto``), so it may have tools,
+            reasoning, and turns in any order that ends with an answer.
     """
     name = default_id
     unread: set[str] = set()
@@ -194,7 +207,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
         name = default_id if record.get("id") is None else _id(record["id"])
-        parser = _Parser(ignore, unread)
+        parser = _Parser(ignore, unread, chat)
         turns, parts = parser.turns(record)
         if (size := text_bytes(turns)) > max_text:
             counted = f" ({TURN_BYTES} are counted for each turn)" if TURN_BYTES * len(turns) > max_text // 2 else ""
@@ -204,11 +217,12 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
             return Conversation(name, error=TooLarge(reason), unread=frozenset(unread))
         images = _images(record, [part for part in parts if not part.is_video], parser)
         videos = _videos(record, [part for part in parts if part.is_video], parser, ignore)
-        unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
+        read = CHAT_RECORD if chat else RECORD
+        unread |= check_fields(record, read, ignore, answer=None, has_images=bool(images))
         turns = _with_video_marks(turns, images, videos)
-        _check(turns, images, videos)
+        _check(turns, images, videos, chat)
         for turn in turns:
-            if turn.role != "assistant":
+            if turn.role not in ("assistant", TOOLS):
                 check_marks(turn.text, ignore, has_images=bool(images), has_videos=bool(videos))
     except RecursionError:
         return Conversation(name, error="its values are nested too deeply", unread=frozenset(unread))
@@ -219,7 +233,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
 
 def text_bytes(turns: Sequence[Turn]) -> int:
     """Bytes of a conversation's text, plus ``TURN_BYTES`` for each turn."""
-    return sum(utf8_length(turn.text) for turn in turns) + TURN_BYTES * len(turns)
+    return sum(utf8_length(turn.text) + utf8_length(turn.fields) for turn in turns) + TURN_BYTES * len(turns)
 
 
 def _id(value: Any) -> str:
@@ -248,8 +262,8 @@ class _Part:
 class _Parser:
     """Parses the turns of one record and collects the names of fields that are not read in ``unread``."""
 
-    def __init__(self, ignore: Collection[str], unread: set[str]):
-        self._ignore, self._unread = ignore, unread
+    def __init__(self, ignore: Collection[str], unread: set[str], chat: bool):
+        self._ignore, self._unread, self._chat = ignore, unread, chat
 
     def turns(self, record: Mapping[str, Any]) -> tuple[list[Turn], list[_Part]]:
         """The turns, and a part for each of their images."""
@@ -270,7 +284,7 @@ class _Parser:
                 turns.insert(0, Turn("system", prompt))
             elif prompt and turns[0].text != prompt:
                 raise ValueError(f"it has two different system prompts, one in {name!r}; remove one of them")
-        return turns, parts
+        return [*(tools_turn(record, self._ignore) if self._chat else ()), *turns], parts
 
     def _conversation(self, key: str, messages: Any) -> tuple[list[Turn], list[_Part]]:
         if isinstance(messages, Mapping):  # the datasets library stores a sequence of objects as an object of lists
@@ -295,10 +309,16 @@ class _Parser:
         if not isinstance(message, Mapping):
             raise ValueError(f"it is a {type(message).__name__}, not an object")
         role, content = _either(message, "from", "role"), _either(message, "value", "content")
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
-        answer = ROLES[role] == "assistant"
-        self._unread |= check_fields(message, TURN, self._ignore, answer=answer, has_images=False)
+        roles = CHAT_ROLES if self._chat else ROLES
+        if not isinstance(role, str) or role not in roles:
+            hint = f"; {WITH_AUTO}" if isinstance(role, str) and role in CHAT_ROLES else ""
+            raise ValueError(f"unknown role {role!r}; known: {', '.join(roles)}{hint}")
+        answer, read, fields = roles[role] == "assistant", TURN, ""
+        if self._chat:
+            read = CHAT_TOOL_TURN if role == "tool" else CHAT_TURN
+            fields = message_fields(message, roles[role], self._ignore)
+            content = "" if content is None and fields else content
+        self._unread |= check_fields(message, read, self._ignore, answer=answer, has_images=False)
         parts: list[_Part] = []
         if isinstance(content, list):
             texts = []
@@ -311,7 +331,7 @@ class _Parser:
             parts = _parts_of_text(content)
         if not isinstance(content, str):
             raise ValueError(f"the text of a {role} turn is {content!r}, which is not text")
-        return Turn(ROLES[role], content), parts
+        return Turn(roles[role], content, fields), parts
 
     def image(self, image: Any) -> str | bytes:
         """See :func:`_image`; other fields of its object are handled like fields of a record."""
@@ -470,24 +490,39 @@ def _with_video_marks(turns: list[Turn], images: list[str | bytes], videos: list
     return [replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns]
 
 
-def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video]) -> None:
-    spoken = [turn for turn in turns if turn.role != "system"]
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise ValueError("a system turn is not the first turn")
-    expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
-    if [turn.role for turn in spoken] != expected[: len(spoken)] or not spoken:
-        raise ValueError(f"turns must alternate and start with the user; they are {[turn.role for turn in spoken]}")
-    if len(spoken) == 1:
+def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], chat: bool) -> None:
+    spoken = [turn for turn in turns if turn.role not in ("system", TOOLS)]
+    if not chat:
+        _check_order(turns, spoken)
+    elif not any(turn.role == "assistant" for turn in turns):
         raise ValueError(UNSUPERVISED)
-    if len(spoken) % 2:
-        raise ValueError("the conversation ends with a user turn, so its last question has no answer to train on")
-    if half := next(filter(None, (_SURROGATE.search(turn.text) for turn in turns)), None):
+    elif turns[-1].role != "assistant":
+        raise ValueError(f"the conversation ends with a {turns[-1].role} turn, which has no answer to train on")
+    if turns[-1].is_prefix or any(turn.is_prefix and after.role != "assistant" for turn, after in pairwise(turns)):
+        raise ValueError("no assistant turn continues an assistant turn with `prefix`")
+    texts = (text for turn in turns for text in (turn.text, turn.fields))
+    if half := next(filter(None, map(_SURROGATE.search, texts)), None):
         raise ValueError(f"its text contains an unpaired surrogate ({half.group()!a}), probably from a cut emoji")
     kinds: list[tuple[str, str, Sequence[Any]]] = [(IMAGE, "image(s)", images)]
     kinds += [(VIDEO, "video(s)", videos)] if videos else []
     for mark, what, listed in kinds:
-        if any(mark in turn.text for turn in turns if turn.role != "user"):
+        if any(mark in turn.text for turn in turns if turn.role not in ("user", "tool")):
             raise ValueError(f"{mark} is outside a user turn")
         placeholders = sum(turn.text.count(mark) for turn in spoken)
         if placeholders != len(listed):
             raise ValueError(f"{len(listed)} {what} but {placeholders} {mark} in the text")
+
+
+def _check_order(turns: list[Turn], spoken: list[Turn]) -> None:
+    """Check the turns for a named or custom template."""
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise ValueError("a system turn is not the first turn")
+    expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
+    roles = [turn.role for turn in spoken]
+    if roles != expected[: len(spoken)] or not spoken:
+        hint = "; `data.template: auto` takes other orders" if roles else ""
+        raise ValueError(f"turns must alternate and start with the user; they are {roles}{hint}")
+    if len(spoken) == 1:
+        raise ValueError(UNSUPERVISED)
+    if len(spoken) % 2:
+        raise ValueError("the conversation ends with a user turn, so its last question has no answer to train on")

@@ -85,7 +85,7 @@ class Table:
         try:
             if number not in self._readers:
                 self._readers[number] = _open(Path(path), made_with)
-            record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
+            record = _normalized(self._readers[number].read(place), made_with)
         except OSError as error:
             raise RuntimeError(f"data file {path} cannot be read: {error}") from error
         except ValueError as error:
@@ -166,6 +166,11 @@ def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], 
     return ""
 
 
+def _normalized(record: Any, made_with: Mapping[str, Any]) -> Conversation:
+    """The conversation of a record as it was indexed."""
+    return normalize(record, "", made_with["ignore"], made_with["bounds"][1], chat=made_with.get("chat", False))
+
+
 def _is_unchanged(table: Table, number: int, file: Path) -> bool:
     """Whether a file has the indexed records at the same places. Images are not compared."""
     bounds = [*(entry[-1] for entry in table.manifest["files"]), len(table)]
@@ -175,10 +180,7 @@ def _is_unchanged(table: Table, number: int, file: Path) -> bool:
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))
-        entries = [
-            (*place, content_hash(normalize(record, "", made_with["ignore"], made_with["bounds"][1])))
-            for place, record in batch
-        ]
+        entries = [(*place, content_hash(_normalized(record, made_with))) for place, record in batch]
         for name, values in zip(("at", "size", "content"), zip(*entries, strict=True), strict=True):
             if table.column(name)[rows].tolist() != list(values):
                 return False

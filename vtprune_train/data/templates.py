@@ -11,11 +11,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.core.stream import IMAGE
+from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Loop, required
-from vtprune_train.models.io.processors import read_settings
+from vtprune_train.models.io.processors import processor_chat_template, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ LONGEST_SAMPLE = 4000
 
 
 def build_encoder(
-    template: Template,
+    template: Template | AutoTemplate,
     tokenizer: PreTrainedTokenizerBase,
     loop: Loop,
     image_position: Literal["as_written", "first"],
@@ -48,15 +49,44 @@ def build_encoder(
     return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization, video)
 
 
+def open_auto_template(
+    tokenizer: PreTrainedTokenizerBase, loop: Loop, place: str, *, offline: bool = False, videos: bool = False
+) -> AutoTemplate:
+    """The chat template of a checkpoint of this family: that of its processor, or else of its tokenizer.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        loop: describes the family's tokens.
+        place: the folder or hub id that it was opened from.
+        offline: do not access the hub (dry runs).
+        videos: the data has videos.
+
+    Raises:
+        ValueError: there is none, or it cannot be used.
+    """
+    source = processor_chat_template(place, offline=offline) or saved_chat_template(tokenizer, place, offline=offline)
+    if source is None:
+        raise ValueError(
+            f"data.template={AUTO}: {place} has no chat template; save the checkpoint's chat_template.jinja in this "
+            f"folder, or use a named template: {', '.join(TEMPLATES)}"
+        )
+    return AutoTemplate(source, tokenizer, place, loop.image_token, loop.video_token if videos else "")
+
+
 def carry(processor: Any, source: str) -> None:
     """Set the chat template ``source`` on a processor and its tokenizer, which save it."""
     processor.chat_template = processor.tokenizer.chat_template = source
 
 
-def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, *, warn: bool = True) -> None:
+def stop_where_answers_end(
+    model: HFModule, tokenizer: Any, template: Template | AutoTemplate, *, warn: bool = True
+) -> None:
     """Make generation stop at the token that ends answers in ``template``, which may differ from the tokenizer's
     end-of-sequence token. ``warn`` if the end of an answer is not a single token."""
-    ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
+    if isinstance(template, AutoTemplate):
+        ending = template.ending
+    else:
+        ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
     answer = tokenizer.encode("a" + ending, add_special_tokens=False)
     tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
     if len(tokens) != 1:
@@ -97,6 +127,13 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
         place: the setting that names the checkpoint, with its value.
     """
     template, tokenizer = encoder.template, encoder.tokenizer
+    if isinstance(template, AutoTemplate):
+        if not template.supervises_ending:
+            yield (
+                f"{template} {'marks answers without ' + repr(template.ending) if template.ending else 'ends answers'}"
+                f"{'' if template.ending else ' with no token'}, so training does not teach the model to stop there"
+            )
+        return
     name = template.name
     parts = (template.system, template.user, template.assistant, template.answer, template.separator)
     broken = []
@@ -176,8 +213,8 @@ def _shortened(text: str) -> str:
 
 
 def describe_sample(encoder: ChatEncoder, chat: EncodedChat, image_tokens: Sequence[int]) -> str:
-    """The text of a sample for a log: supervised parts between ``[[`` and ``]]``, an image as its token and the number
-    of its visual tokens."""
+    """The text of a sample for a log: supervised parts between ``[[`` and ``]]``, an image (or run of a video) as its
+    token and the number of its visual tokens."""
     ids, tokenizer = chat.input_ids.tolist(), encoder.tokenizer
     is_answer = chat.labels >= 0
     sizes = dict(zip(chat.image_offsets, image_tokens, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +18,14 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.core.stream import IMAGE, VIDEO
+from vtprune_train.data.auto_template import AUTO, AutoTemplate, content_kind, message_of
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
-from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
+from vtprune_train.data.templates import build_encoder, carry, open_auto_template, stop_where_answers_end
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, joined
 from vtprune_train.data.videos import is_video_name
 from vtprune_train.evaluation.videos import video_processor
 from vtprune_train.models import HFModule
@@ -42,8 +44,6 @@ log = logging.getLogger(__name__)
 Prompt = tuple[Sequence[Image.Image | DecodedVideo], str | Sequence[Turn]]
 """Images and videos, and a question or the turns up to one. ``<image>`` marks the images' places and ``<video>`` those
 of the videos; without these marks, images come first, then videos."""
-
-_MARK = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -110,7 +110,7 @@ def load(
     if method is not None:
         check_trained(model, method)
         prune(model, method)
-    template = recorded_template(folder)
+    template = recorded_template(folder, processor.tokenizer)
     if template is not None:
         stop_where_answers_end(model, processor.tokenizer, template)
     content = content_of(processor)
@@ -165,8 +165,8 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    template = recorded_template(folder)
-    if template is not None:
+    template = recorded_template(folder, tokenizer)
+    if isinstance(template, Template):
         settings = _data_settings(folder)  # older checkpoints do not contain the chat template
         _, loop = trained_family(config.model_type, f"model {folder}")
         tokenization = settings.get("tokenization", "processor")
@@ -187,14 +187,22 @@ def _data_settings(folder: str) -> dict[str, Any]:
         raise ValueError(reason) from error
 
 
-def recorded_template(folder: str) -> Template | None:
+def recorded_template(folder: str, tokenizer: Any) -> Template | AutoTemplate | None:
     """The template of a checkpoint of this project; ``None`` for other folders."""
     settings = _data_settings(folder)
     if not settings:
         return None
+    if settings["template"] == AUTO:
+        _, loop = trained_family(model_config(folder).model_type, f"model {folder}")
+        return open_auto_template(tokenizer, loop, folder)
     template = get_template(settings["template"])
     system = settings["system"]
     return template if system is None else replace(template, default_system=system)
+
+
+def recorded_chat(model: str) -> bool:
+    """Whether a run trained a model with ``data.template: auto``, so that its records may have tools and reasoning."""
+    return _data_settings(resolve_checkpoint(model)).get("template") == AUTO
 
 
 def recorded_prompt(model: str, data: Path) -> AddedPrompt:
@@ -219,21 +227,14 @@ def recorded_prompt(model: str, data: Path) -> AddedPrompt:
 
 
 def content_of(processor: Any) -> Literal["text", "parts"] | None:
-    """The form of message content that a processor's chat template accepts.
-
-    Templates of vision-language processors accept parts. Those of language models accept only text, which may contain
-    the image token. Those of this project accept both.
-    """
+    """The form of message content that a processor's chat template accepts, see
+    :func:`~vtprune_train.data.auto_template.content_kind`; ``None`` without a template."""
     if processor.chat_template is None:
         return None
     token = _image_token(processor)
-    as_text = _try_template(processor, f"{token}\na question")
-    as_parts = _try_template(processor, [{"type": "image"}, {"type": "text", "text": "\na question"}])
-    text_works = as_text is not None and as_text.count(token) == 1
-    if as_parts is not None and as_parts.count(token) == 1 and not (text_works and as_text == as_parts):
-        return "parts"
-    if text_works:
-        return "text"
+    kind = content_kind(lambda content: _try_template(processor, content), token)
+    if kind is not None:
+        return kind
     raise ValueError(f"the chat template of this {type(processor).__name__} outputs no {token} for an image")
 
 
@@ -307,11 +308,16 @@ def write_prompt(
         token = tokens.get(mark) or getattr(processor, "video_token", None)
         if token and (token != mark or mark not in tokens) and any(token in turn.text for turn in turns):
             raise ValueError(f"the prompt contains {token}, this model's {what} token; write {mark} for {one}")
+    mark_of = VISUAL if videos else IMAGE_MARK
     if kind is None:
-        return "\n".join(_with_tokens(turn.text, tokens) for turn in turns)
-    messages = [{"role": turn.role, "content": _content(turn.text, kind, tokens)} for turn in turns]
+        return "\n".join(mark_of.sub(lambda match: tokens[match.group()], turn.text) for turn in turns)
+    tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
+    messages = [message_of(turn, kind, mark_of, tokens) for turn in _continued(turns)]
+    begun = turns[-1].is_prefix
     try:
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+        text: str = processor.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=not begun, continue_final_message=begun
+        )
     except TemplateError as error:
         raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
     if videos and text.count(tokens[VIDEO]) != videos:
@@ -319,25 +325,11 @@ def write_prompt(
     return text
 
 
-def _with_tokens(text: str, tokens: Mapping[str, str]) -> str:
-    return _MARK.sub(lambda match: tokens.get(match.group(), match.group()), text)
-
-
-def _content(text: str, kind: str, tokens: Mapping[str, str]) -> str | list[dict[str, str]]:
-    if kind == "text":
-        return _with_tokens(text, tokens)
-    parts: list[dict[str, str]] = []
-    texts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
-    for index, part in enumerate(texts):  # the template writes line breaks around an image
-        if index % 2:
-            parts.append({"type": "image" if part == IMAGE else "video"})
-            continue
-        if index:
-            part = re.sub(r"^\s*\n\s*", "", part)
-        if index < len(texts) - 1:
-            part = re.sub(r"\s*\n\s*$", "", part)
-        parts += [{"type": "text", "text": part}] if part else []
-    return parts
+def _continued(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tools; prefixes of answers are joined with what continues them, or are the last turn."""
+    spoken = [turn for turn in turns if turn.role != TOOLS]
+    last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
+    return joined([*spoken, *last])[0]
 
 
 def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.Image], list[DecodedVideo]]:
@@ -349,7 +341,7 @@ def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.I
 def in_order(visuals: Sequence[Image.Image | DecodedVideo], question: str) -> list[Image.Image | DecodedVideo]:
     """``visuals`` in the order of their placeholders in a question; without placeholders, images come first."""
     images, videos = by_kind(visuals)
-    marks = [mark for mark in _MARK.findall(question) if mark == IMAGE or videos]
+    marks = [mark for mark in VISUAL.findall(question) if mark == IMAGE or videos]
     if not marks:
         return [*images, *videos]
     next_image, next_video = iter(images), iter(videos)

@@ -45,6 +45,7 @@ def read_questions(
     ignore: Collection[str] = (),
     prompt: Prompt = NO_PROMPT,
     reader: str = "",
+    chat: bool = False,
     *,
     videos: Path | None = None,
 ) -> tuple[list[Question], list[tuple[str, str]]]:
@@ -59,6 +60,7 @@ def read_questions(
         ignore: fields and markers that are accepted, see :func:`vtprune_train.data.records.normalize`.
         prompt: added to each conversation, see :func:`vtprune_train.evaluation.answering.recorded_prompt`.
         reader: path of a reader outside the package.
+        chat: see :func:`vtprune_train.data.records.normalize`.
         videos: folder of its videos; ``None`` if records with videos are left out.
 
     Raises:
@@ -71,12 +73,12 @@ def read_questions(
         raise ValueError(f"--data {data} does not exist")
     selected = None
     if limit is not None:
-        count = sum(1 for _ in read_records(data, ignore, reader=reader))
+        count = sum(1 for _ in read_records(data, ignore, reader=reader, chat=chat))
         selected = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
     malformed: list[tuple[str, str]] = []
     num_records = 0
-    for number, row in enumerate(read_records(data, ignore, reader=reader)):
+    for number, row in enumerate(read_records(data, ignore, reader=reader, chat=chat)):
         if selected is not None and number not in selected:
             continue
         num_records += 1
@@ -109,10 +111,11 @@ def _questions_of(number: int, row: Conversation, images: Path, videos: Path) ->
     clips = [file for file in row.files(images, videos) if file.is_video]
     questions = []
     for place, turn in enumerate(row.turns):
-        if turn.role == "assistant":
+        if turn.role == "assistant" and not turn.is_prefix:
             before = row.turns[:place]
             num_images, num_videos = (
-                sum(earlier.text.count(mark) for earlier in before if earlier.role == "user") for mark in (IMAGE, VIDEO)
+                sum(earlier.text.count(mark) for earlier in before if earlier.role in ("user", "tool"))
+                for mark in (IMAGE, VIDEO)
             )
             key = f"{number}:{place}:{row.id}"
             questions.append(

@@ -174,7 +174,7 @@ def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
     visual = VisualTokens.of(stages, layers, [1.0] * sum(layers))
     whole = sum(span.length for segment in plan.outline.segments for span in segment.spans)
     text = cache.get_seq_length() - whole - sum(hidden_text(plan, plan.outline.method))
-    cached = [int(layer.num_tokens()[0]) - text for layer in cache.layers]  # type: ignore[attr-defined]
+    cached = [int(layer.num_tokens()[0]) - text for layer in cache.layers if isinstance(layer, StagedLayer)]
     return (
         f"{whole} visual tokens; mean over layers: {visual.entering:.1f} enter a layer, {visual.leaving:.1f} leave "
         f"one, {sum(cached) / len(cached):.1f} stay in the cache"
@@ -202,10 +202,11 @@ def _prefill_flops(loaded: Loaded, plan: StreamPlan | None, prompts: list[int]) 
     except ValueError:
         return None
     if plan is None:
-        return [decoder.num_layers * float(decoder.layer(np.array(n))) + decoder.head(1.0) for n in prompts]
+        layers = decoder.stages(np.array(prompts)[:, None], [decoder.num_layers])
+        return (layers.sum(axis=1) + decoder.head(1.0)).tolist()
     lengths = np.array([stage.segment_lengths for stage in plan.stages]).T  # [B, stages]
     selector = selector_flops(decoder, plan, method_of(loaded.model)) / len(prompts)
-    layers = (decoder.layer(lengths) * np.array(stage_layers(plan))).sum(axis=1)
+    layers = decoder.stages(lengths, stage_layers(plan)).sum(axis=1)
     return (layers + decoder.head(1.0) + selector).tolist()
 
 

@@ -1,21 +1,23 @@
 """Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
 A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and other users of a
-cache keep working. The first layer always holds all tokens, and its length defines the sequence length.
+cache keep working; linear attention layers have a :class:`StateLayer`. The first layer that attends holds what belongs
+to the whole cache, and defines the sequence length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from vtprune_train.core.stream import to_device
 from vtprune_train.models.families.layout import Grids
@@ -61,10 +63,10 @@ class StagedLayer(DynamicLayer):
     ``padding`` [B] int64; ``is_padded`` is a host-side flag for any(padding > 0); ``compacted`` is true if keys were
     dropped in this layer, so its padding differs from the rest of its stage. ``ahead`` [B] int64 is the row's next
     position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
-    M-RoPE; ``None`` if positions equal token indices. First layer only: ``has_images`` [B] int64, 1 for rows that had
-    an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
-    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``,
-    the method used to fill the cache.
+    M-RoPE; ``None`` if positions equal token indices. First attending layer only: ``has_images`` [B] int64, 1 for rows
+    that had an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of
+    position components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``;
+    ``filled_by``, the method used to fill the cache.
     """
 
     is_initialized: bool
@@ -185,6 +187,56 @@ class StagedLayer(DynamicLayer):
         return self.keys.shape[-2] - self.padding
 
 
+class StateLayer(LinearAttentionLayer):
+    """State of one linear attention layer: for each row, the last inputs of its convolution ``conv_states`` [B,
+    channels, kernel] and the recurrent state ``recurrent_states`` [B, heads, key size, value size]. It has no length: a
+    token stays in the state of the layers that it passed, also if it is dropped later."""
+
+    @property
+    def is_filled(self) -> bool:
+        return bool(self.has_previous_state[0])
+
+    def of_rows(self, rows: Tensor) -> Self:
+        """A copy with the states of ``rows`` [n] int64."""
+        part = copy.copy(self)
+        part.conv_states, part.recurrent_states = dict(self.conv_states), dict(self.recurrent_states)
+        part.batch_select_indices(rows)
+        return part
+
+    def put_rows(self, rows: Tensor, part: StateLayer) -> None:
+        """Replace the states of ``rows`` [n] int64 by those in ``part``."""
+        for states, new in ((self.conv_states, part.conv_states), (self.recurrent_states, part.recurrent_states)):
+            states[0] = states[0].index_copy(0, rows, new[0])
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda state: state[indices])
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states[0] = None if states[0] is None else function(states[0])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"crop({tokens_to_remove}): the recurrent state of a linear attention layer cannot forget tokens; "
+                "start with a new DynamicCache, and leave out assisted generation and prompt_lookup_num_tokens"
+            )
+
+
+def first_attending(cache: Cache) -> StagedLayer:
+    """The first layer of a staged cache with keys, which also holds what belongs to the whole cache."""
+    return next(layer for layer in cache.layers if isinstance(layer, StagedLayer))
+
+
 def _with_room(content: Tensor, columns: int) -> Tensor:
     """Allocate a buffer [B, G, >= columns, D] that starts with ``content`` [B, G, W, D]."""
     room = content.new_empty(*content.shape[:2], columns + max(LEAST_ROOM, columns // ROOM_SHARE), content.shape[-1])
@@ -192,8 +244,11 @@ def _with_room(content: Tensor, columns: int) -> Tensor:
     return room
 
 
-def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -> DynamicCache:
-    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``.
+def staged(
+    cache: Cache | None, num_layers: int, method: PruningMethod | None, attending: Collection[int] | None = None
+) -> DynamicCache:
+    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``. ``attending``: the layers
+    that attend, by default all.
 
     Raises:
         ValueError: the cache has an unsupported type (static, quantized, offloaded), or was filled by a dense model or
@@ -206,8 +261,8 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
             f"past_key_values is {kind}, but a pruned model keeps a different number of tokens in each layer and needs "
             "a plain DynamicCache; leave past_key_values and cache_implementation unset"
         )
-    if cache.layers and all(isinstance(layer, StagedLayer) for layer in cache.layers):
-        filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
+    if cache.layers and all(isinstance(layer, StagedLayer | StateLayer) for layer in cache.layers):
+        filled_by = first_attending(cache).filled_by
         if cache.get_seq_length() and filled_by is not method and filled_by != method:
             raise ValueError(
                 f"past_key_values was filled by a model pruned by {filled_by}, but this one is pruned by {method}; "
@@ -219,19 +274,21 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
             f"past_key_values already holds {cache.get_seq_length()} tokens of a dense model; start with an empty "
             "DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
         )
-    cache.layers = [StagedLayer() for _ in range(num_layers)]
+    attending = range(num_layers) if attending is None else attending
+    cache.layers = [StagedLayer() if index in attending else StateLayer() for index in range(num_layers)]
     cache.layer_class_to_replicate = None
     return cache
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values, including padding but excluding preallocated space."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        if layer.is_initialized
-        for tensor in (layer.keys, layer.values)
-    )
+    """Bytes of all keys, values and recurrent states, including padding but excluding preallocated space."""
+    return sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in _stored(layer))
+
+
+def _stored(layer: Any) -> list[Tensor]:
+    if isinstance(layer, LinearAttentionLayer):
+        return [state for states in (layer.conv_states, layer.recurrent_states) if (state := states[0]) is not None]
+    return [layer.keys, layer.values] if layer.is_initialized else []
 
 
 @dataclass(frozen=True)

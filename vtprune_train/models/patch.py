@@ -27,7 +27,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
 from vtprune_train.models.families.base import Lacks
-from vtprune_train.models.forward import generate, images, modules, tower_attention
+from vtprune_train.models.forward import generate, images, linear_attention, modules, tower_attention
 from vtprune_train.models.forward.attention import (
     OWNED,
     attention_name,
@@ -37,11 +37,13 @@ from vtprune_train.models.forward.attention import (
 )
 from vtprune_train.models.forward.calls import STATE, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.forward.linear_attention import MIXER, attending_layers
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
 from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
+from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
@@ -99,7 +101,9 @@ def prune(
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     full_frequencies(text_model, look=True)
     if method is not None:
+        method = fitted(method, text_model.config)
         check_method(method, len(text_model.layers))
+        check_attending(method, text_model.config)
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)
@@ -165,8 +169,9 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
     """
     inner = unwrapped(model)
     weight = inner.get_output_embeddings().weight
-    first_layer = inner.get_submodule(family_of(inner).decoder).layers[0]
-    return choose_backend(requested, weight.device, weight.dtype, first_layer.self_attn.head_dim)
+    text_model = inner.get_submodule(family_of(inner).decoder)
+    attention = text_model.layers[attending_layers(text_model)[0]].self_attn
+    return choose_backend(requested, weight.device, weight.dtype, attention.head_dim)
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
@@ -313,6 +318,9 @@ def _install(model: HFModule, state: State) -> None:
             full_frequencies(tower, look=True)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", tower_attention.forward))
             tower_attention.replace_config(tower, state.tower_backend)
+    for index, layer in enumerate(model.get_submodule(family.decoder).layers):
+        if MIXER in layer._modules:
+            replacements.append((f"{family.decoder}.layers.{index}.{MIXER}", "forward", linear_attention.forward))
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
         replacements.append(("lm_head", "forward", modules.forward_head))
     for name, attribute, function in replacements:
@@ -326,6 +334,9 @@ def _install(model: HFModule, state: State) -> None:
     for module in text_model.layers.modules():
         if "q_proj" in module._modules:
             module.__dict__[OWNED] = True
+    for layer in text_model.layers:
+        if MIXER in layer._modules:
+            layer._modules[MIXER].__dict__[OWNED] = True
     if state.source is not None:
         _set_path(model, state.source.name)
     if state.method is not None:
@@ -379,7 +390,7 @@ def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: A
             "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): rows are laid out on "
             "the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
         )
-    if (state := self.__dict__.get(STATE)) is not None:
+    if (state := self.__dict__.get(STATE)) is not None and OWNED not in self.__dict__:
         state.warn_once(
             "torch.compile around a whole pruned model has no effect, because rows are laid out on the host; compile "
             "the layers: vtprune_train.models.forward.compile.compile_layers(model)"

@@ -67,7 +67,12 @@ def setting_types(cls: type[Settings]) -> dict[str, Any]:
 @cache
 def _types_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in fields_of(cls)}
+
+
+def fields_of(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a class, keyword-only ones last."""
+    return sorted(dataclasses.fields(cls), key=lambda field: field.kw_only is True)
 
 
 def _validating(init: Callable[..., None]) -> Callable[..., None]:

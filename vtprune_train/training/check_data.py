@@ -16,6 +16,7 @@ from vtprune_train.config.data import SourceConfig
 from vtprune_train.config.errors import ConfigError, nearest_name
 from vtprune_train.config.settings import Config
 from vtprune_train.core.user_code import is_path
+from vtprune_train.data.auto_template import AUTO
 from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad
 from vtprune_train.data.records import Conversation, default_id, normalize
@@ -110,7 +111,7 @@ def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
-    for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
+    for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes), data.template == AUTO):
         number += 1  # the record is not kept: it may contain images
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
@@ -163,13 +164,13 @@ def _wrong_code(config: Config) -> Iterator[str]:
             yield f"{section}{error}"
 
 
-def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversation]:
+def _first_records(source: SourceConfig, bounds: Bounds, chat: bool) -> Iterator[Conversation]:
     file = find_files(Path(source.path), source.reader or "")[0]
     reader = open_reader(file, bounds.record, source.reader or "")
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
     for number, content in enumerate(islice(records, NUM_CHECKED)):
-        record = normalize(content, default_id(file, number), source.ignore, bounds.text)
+        record = normalize(content, default_id(file, number), source.ignore, bounds.text, chat=chat)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:
         raise ValueError(f"data file {file} contains no records")

@@ -13,7 +13,6 @@ from vtprune_train.config.errors import ConfigError, pruning_refusal
 from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.core.stream import Drop
-from vtprune_train.data.chat import get_template
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import class_of_config
 from vtprune_train.models.families.layout import ImageLayout
@@ -23,6 +22,7 @@ from vtprune_train.models.io.build import family_of_config, load_model_config, p
 from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
+from vtprune_train.pruning.attending import check_attending
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
@@ -32,7 +32,7 @@ from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.layout import build_layout
 from vtprune_train.training.loop.parts import training_cost
-from vtprune_train.training.loop.sample import sample_lines
+from vtprune_train.training.loop.sample import sample_lines, template_of
 from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.loop.trackers import check_trackers
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
@@ -62,7 +62,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     callbacks_of(config)
     check_schedule(config.train)
     check_run_dir(config.run_dir)
-    get_template(config.data.template)
+    template_of(config.data)
     data = _data(config, needs_data)
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)
@@ -75,13 +75,15 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
     image_processor = build_image_processor(model_config, local, config.model.max_pixels)
     layout = build_layout(config, loop, model_config, image_processor, local)
-    method = config.pruning.build()
     num_layers = model_config.text_config.num_hidden_layers
+    config.pruning.fit(model_config.text_config)
+    method = config.pruning.build()
     try:
         drops = method.drops(num_layers) if method else ()
         schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []
         if method is not None:
             check_method(method, num_layers)
+            check_attending(method, model_config.text_config)
             check_tower(model_config, family, method)
     except ValueError as error:
         raise ConfigError(pruning_refusal(error)) from error
@@ -205,8 +207,8 @@ def _against_dense(
     """FLOP ratio of the whole model, and ideal speed-ups of the decoder and the whole model."""
     num_layers = cost.decoder.num_layers
     layers = layers_per_stage(drops, num_layers)
-    decoder = float((cost.decoder.layer(lengths) * np.array(layers)).sum())
-    decoder_dense = float(cost.decoder.layer(lengths[:, 0]).sum()) * num_layers
+    decoder = float(cost.decoder.stages(lengths, layers).sum())
+    decoder_dense = float(cost.decoder.stages(lengths[:, :1], [num_layers]).sum())
     supervised = np.array([TYPICAL_TEXT // 2])
     whole = float(cost.sample(lengths, layers, np.array([tiles]), supervised)[0])
     dense = float(cost.sample(lengths[:, :1], [num_layers], np.array([tiles]), supervised)[0])

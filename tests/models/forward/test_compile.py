@@ -134,7 +134,9 @@ def test_generation_compiles_nothing():
     assert backend.frame_count == 0
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl"]
+)
 def test_every_family_has_layers_to_compile(family):
     torch._dynamo.reset()
     model = prune(family_model(family), PyramidDrop(layers=(2, 4), keep=(0.5, 0.2)))
@@ -144,8 +146,11 @@ def test_every_family_has_layers_to_compile(family):
     classes = [type(module) for module in model.modules()]
     backend = CompileCounterWithBackend("eager")
     compile_layers(model, backend=backend)
-    depths = {"Qwen2VL": 2, "Qwen2_5_VL": 2, "Qwen3VL": 2}.get(type(model).__name__.partition("For")[0], 3)
-    assert sum(is_compiled(module) for module in model.modules()) == 6 + depths
+    depths = {"Qwen2VL": 2, "Qwen2_5_VL": 2, "Qwen3VL": 2, "Qwen3_5": 2}.get(
+        type(model).__name__.partition("For")[0], 3
+    )
+    decoder = model.config.text_config.num_hidden_layers
+    assert sum(is_compiled(module) for module in model.modules()) == decoder + depths
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
     assert backend.frame_count >= 3

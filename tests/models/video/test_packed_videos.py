@@ -33,7 +33,8 @@ def test_nothing_dropped_is_transformers_own_model(setup):
     output.loss_sum.backward()
     assert abs(output.loss_sum - total) < 1e-4 * total
     ours = {name: grad for name, grad in gradients(parts.model).items() if name in expected or grad.abs().max() > 0}
-    assert_same_gradients(ours, expected)
+    within = 1e-3 if setup.name == "qwen3_5" else 2e-4  # other paddings give other chunks of the delta rule
+    assert_same_gradients(ours, expected, within)
 
 
 @pytest.mark.parametrize("per", ["video", "frame"])

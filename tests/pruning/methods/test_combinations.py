@@ -257,9 +257,9 @@ class _NoLists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "prumerge"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("prumerge", "prunevid")])
 def test_training_never_waits_for_the_device(parts, name):
-    """Without adaptive counts; PruMerge counts by default."""
+    """Without adaptive counts; PruMerge and PruneVid count by default."""
     part = method_class(name)()
     model = prune(tiny_model(), part).train()
     batch = parts.collator(Phases(part)).pack(parts.loaded, step=0)

@@ -1,14 +1,18 @@
 """VideoLLM-MoD: routers let tokens into a layer, the rest skip it; against one written with loops."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.helpers import tiny_model
-from tests.support.slow_learned import compared, slow_mod
+from tests.support.slow_learned import compared, random_video, slow_mod
 from vtprune_train import prune
 from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.core.stream import ImageSpan
 from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD, gate
 
 
@@ -35,6 +39,36 @@ def test_every_router_learns():
 
     gradients = compared(VideoLLMMoD(layers=(1, 3), keep=0.5), [3, 2], 1, 2, slow)
     assert gradients[1].abs().sum() > 0 and gradients[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
+def test_a_video_is_routed_as_a_whole(keep):
+    """Frames compete for the tokens that a layer takes, and every router learns from videos."""
+
+    def slow(text_model, module, embeds, segment):
+        routers = {int(name): router.weight[0] for name, router in module.items()}
+        return slow_mod(text_model, embeds, segment.spans, routers, keep)
+
+    gradients = compared(VideoLLMMoD(layers=(1, 3), keep=keep), [5, 0, 1, 3], 4, 2, slow, sample=random_video)
+    assert gradients[1].abs().sum() > 0 and gradients[2].abs().sum() > 0
+
+
+def test_frames_as_spans_are_routed_one_by_one():
+    """As the paper does: each frame keeps its share, whatever the others score."""
+
+    def frame_by_frame(rng, frames):
+        segment = random_video(rng, frames)
+        spans = tuple(ImageSpan(2 + 6 * frame, 6, ((2, 3),), frames=1) for frame in range(frames))
+        return replace(segment, spans=spans)
+
+    def slow(text_model, module, embeds, segment):
+        routers = {int(name): router.weight[0] for name, router in module.items()}
+        return slow_mod(text_model, embeds, segment.spans, routers, 0.34)
+
+    method = VideoLLMMoD(layers=(1, 3), keep=0.34)
+    compared(method, [5, 0, 3], 4, 2, slow, sample=frame_by_frame)
+    segment = frame_by_frame(np.random.default_rng(0), 5)
+    assert [span.after for span in method.plan([segment], 6).boundaries[0].spans] == [2] * 5
 
 
 @pytest.mark.parametrize("num_layers", [2, 6, 8, 32, 40])

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig, Qwen3_5VisionConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -41,6 +44,7 @@ from vtprune_train.core.flops import stage_layers
 from vtprune_train.core.plan import plan_pass, plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.families import KNOWN_CONFIGS, trained_family
+from vtprune_train.models.forward import linear_attention
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers
@@ -89,13 +93,13 @@ def of_one_layer(build, tokens):
     return (many - few) / 2 / tokens
 
 
-def decoder(config, dtype, trained):
+def decoder(config, dtype, trained, tokens=T):
     model = AutoModel.from_config(config, dtype=dtype).train()
     for parameter in model.parameters():
         parameter.requires_grad_(trained)
     model.config._attn_implementation = f"{PREFIX}varlen_sdpa"
-    plan = plan_stream([SegmentLayout(T)], (), config.num_hidden_layers)
-    hidden = torch.randn(T, config.hidden_size, dtype=dtype, requires_grad=True)
+    plan = plan_stream([SegmentLayout(tokens)], (), config.num_hidden_layers)
+    hidden = torch.randn(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     return (lambda: run_layers(model, hidden, plan)), model
 
 
@@ -121,6 +125,36 @@ def test_a_layer_of_7b_width_without_its_memory():
     assert measured == counted.saved
     flash = LayerBytes.of_decoder(LlamaConfig(**config), 2, True, copies_output=False)
     assert counted.saved - flash.saved == 2 * 4096 and 186_000 < flash.saved < 188_000
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full_attention", "linear_attention"])
+def test_a_layer_of_qwen3_5_saves_what_is_counted(kind, dtype, trained):
+    """Up to what does not depend on the number of tokens: copies of the norms' and convolution's weights."""
+    sizes = {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 24, "linear_value_head_dim": 20,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.25}
+
+    def config(depth):
+        return Qwen3_5TextConfig(
+            **SIZES, **sizes, rope_parameters=rope, num_hidden_layers=depth, layer_types=[kind] * depth
+        )
+
+    def build(depth):
+        run, model = decoder(config(depth), dtype, trained, tokens=576)  # whole chunks: no padding
+        for layer in model.layers:
+            if kind == "linear_attention":
+                mixer = layer.linear_attn
+                mixer.forward = partial(linear_attention.forward, mixer, mixer.forward, None)
+        return run, model
+
+    if kind == "full_attention":
+        counted = LayerBytes.of_decoder(config(1), dtype.itemsize, trained, copies_output=True)
+    else:
+        counted = LayerBytes.of_linear(config(1), dtype.itemsize, trained)
+    assert of_one_layer(build, 576) == pytest.approx(counted.saved, rel=0.004)
 
 
 def clip(depth, dtype):
@@ -178,12 +212,21 @@ def intern_large(depth, dtype):
 WITHOUT_LAYER_NORM = (qwen, intern_large)
 
 
+def qwen3_5(depth, dtype):
+    config = Qwen3_5VisionConfig(
+        hidden_size=128, intermediate_size=320, depth=depth, num_heads=4, patch_size=14, out_hidden_size=64,
+        num_position_embeddings=64,
+    )  # fmt: skip
+    model = Qwen3_5VisionModel._from_config(config, dtype=dtype)
+    return model, torch.randn(256, 3 * 2 * 14 * 14, dtype=dtype), {"grid_thw": torch.tensor([[1, 16, 16]])}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tower", "model_type", "tokens"),
     [
         (clip, "llava", 3 * 65), (siglip, "llava_onevision", 3 * 64), (qwen, "qwen2_5_vl", 256),
-        (qwen2, "qwen2_vl", 256), (qwen3, "qwen3_vl", 256), (intern, "internvl", 3 * 65),
+        (qwen2, "qwen2_vl", 256), (qwen3, "qwen3_vl", 256), (qwen3_5, "qwen3_5", 256), (intern, "internvl", 3 * 65),
         (intern_large, "internvl", 3 * 65),
     ],
 )  # fmt: skip

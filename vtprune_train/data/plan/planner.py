@@ -102,14 +102,16 @@ class StepCosts:
         measured, num_layers = self.index.lengths(samples), self.cost.decoder.num_layers
         phase = self.phases.of(step)
         drops = phase.drops(num_layers)
-        lengths = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)
+        lengths = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops, measured.span_frames)
         layers = layers_per_stage(drops, num_layers)
         costs = self.cost.sample(
             lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
         )
         if phase.teacher is not None:
             drops = phase.teacher.method.drops(num_layers)
-            taught = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)
+            taught = stage_lengths(
+                measured.text, measured.span_tokens, measured.span_sample, drops, measured.span_frames
+            )
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
         return lengths[:, 0], costs
 

@@ -24,7 +24,10 @@ from vtprune_train.models.families import (
     llava_onevision,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
+    qwen3_vl_moe,
 )
 from vtprune_train.models.families.base import Family, Lacks, Loop
 from vtprune_train.models.families.towers import check_clip
@@ -37,6 +40,9 @@ FAMILIES: list[Family] = [
     qwen2_vl.FAMILY,
     qwen2_5_vl.FAMILY,
     qwen3_vl.FAMILY,
+    qwen3_vl_moe.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_5_moe.FAMILY,
     internvl.FAMILY,
 ]
 PACKAGED = tuple(FAMILIES)

@@ -26,6 +26,10 @@ Part = TypeVar("Part")
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
 LENGTH_DEPENDENT_ROPE = ("longrope",)
+NO_BALANCE = (
+    "the training loop does not add the load-balancing loss of the experts, and cannot predict their memory; train it "
+    "with transformers' Trainer"
+)
 NO_VIDEO = "it has no video tokens; pass the frames of a video as images"
 
 

@@ -114,7 +114,9 @@ class PooledVideos(ImageLayout):
 
 def videos_and_frames(inputs: Mapping[str, Any]) -> tuple[int, int]:
     """Number of videos and of the frames of each, from the inputs of ``get_video_features``."""
-    pixels = inputs["pixel_values" if "pixel_values" in inputs else "pixel_values_videos"]  # its name in transformers 5.17
+    pixels = inputs[
+        "pixel_values" if "pixel_values" in inputs else "pixel_values_videos"
+    ]  # its name in transformers 5.17
     return pixels.shape[0], pixels.shape[1]
 
 

@@ -147,7 +147,7 @@ class MergedPatches(ImageLayout):
         if not self.timestamps:
             return VISION.format(VIDEO)
         seconds = timestamps(visual, self.temporal_patch_size)
-        return "".join(f"<{second:.1f} seconds>{VISION.format(VIDEO)}" for second in seconds)
+        return VISION.format("".join(f"<{second:.1f} seconds>{VISION.format(VIDEO)}" for second in seconds))
 
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
         """[patches, channels * frames * patch * patch], step by step; the last frame is repeated to fill a step."""

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.core.stream import VIDEO
 from vtprune_train.models.families import qwen2_vl
 from vtprune_train.models.families.qwen import (
     CLIPS_OF_ANY_SIZE,
@@ -77,6 +76,14 @@ def _qwen3_vl_8b() -> Qwen3VLConfig:
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
+LOOP = patch_loop(
+    _saved,
+    layout=partial(MergedPatches.of, timestamps=True),
+    image_processor=_image_processor,
+    videos=CLIPS_OF_ANY_SIZE,
+    projector=("model.visual.merger.", "model.visual.deepstack_merger_list."),
+)
+
 FAMILY = dataclasses.replace(
     qwen2_vl.FAMILY,
     title="Qwen3-VL",
@@ -85,12 +92,5 @@ FAMILY = dataclasses.replace(
     text_types=("qwen3_vl_text",),
     flops=_flops,
     known={"Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl_8b},
-    loop=patch_loop(
-        _saved,
-        layout=partial(MergedPatches.of, timestamps=True),
-        image_processor=_image_processor,
-        videos=CLIPS_OF_ANY_SIZE,
-        template_video=VIDEO,
-        projector=("model.visual.merger.", "model.visual.deepstack_merger_list."),
-    ),
+    loop=LOOP,
 )

@@ -44,7 +44,7 @@ FLASH_INSTALLED = {
     "flash_attention_4": is_flash_attn_4_available,
 }
 PREFIX = "packed_"
-OWNED = "_vtprune_owned"  # attribute set on a pruned model's attention modules
+OWNED = "_vtprune_owned"  # attribute set on a pruned model's attention modules, linear attention included
 OTHERWISE = "_otherwise_"  # separator in the attention name, before the dense implementation
 
 # Head sizes supported by each kernel (forward and backward), by major compute capability. Sources:

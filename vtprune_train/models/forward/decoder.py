@@ -1,7 +1,8 @@
 """The loop over Hugging Face decoder layers, with token drops between stages.
 
 The layers run unchanged: a packed batch is a single row without padding, so no mask is needed, and each attention
-backend reads ``cu_seqlens``. At a drop point the method picks the kept tokens and the packed batch is gathered once.
+backend reads ``cu_seqlens``; linear attention layers get padded rows (:mod:`.linear_attention`). At a drop point the
+method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -364,7 +365,7 @@ class _Walk:
 
         def rotated(rows: Tensor) -> Tensor:
             cos, sin = (table.squeeze(0).index_select(0, rows) for table in self.rotary)
-            return _rotate(torch.ones_like(cos).unsqueeze(1), cos, sin).squeeze(1)
+            return _rotate(cos.new_ones(len(rows), 1, ranking.keys.shape[-1]), cos, sin).squeeze(1)
 
         return replace(ranking, ones=(rotated(boundary.query_rows), rotated(boundary.visual_rows)))
 
@@ -509,12 +510,18 @@ def _attention_heads(attention: HFModule, normed_TC: Tensor, rows: Tensor) -> tu
 
 def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
     """[T, heads, D]: apply one projection and, if the family has it, the per-head (QK) norm."""
-    projected = getattr(attention, f"{which}_proj")(normed_TC).unflatten(-1, (-1, attention.head_dim))
+    projected = getattr(attention, f"{which}_proj")(normed_TC)
+    # Qwen3.5 projects each head's query together with the gate of its output.
+    gated = which == "q" and attention.q_proj.out_features == 2 * attention.o_proj.in_features
+    projected = projected.unflatten(-1, (-1, attention.head_dim * (2 if gated else 1)))[..., : attention.head_dim]
     norm = getattr(attention, f"{which}_norm", None)
     return projected if norm is None else norm(projected)
 
 
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Apply rotary embedding in the half-split layout used by Llama-style models."""
+    """Apply rotary embedding in the half-split layout used by Llama-style models, to as many values of each head as
+    there are cosines (Qwen3.5: a quarter)."""
+    x_THD, rest_THD = x_THD.tensor_split([cos_TD.shape[-1]], dim=-1)
     first, second = x_THD.chunk(2, dim=-1)
-    return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
+    turned_THD = x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
+    return torch.cat((turned_THD, rest_THD), dim=-1) if rest_THD.shape[-1] else turned_THD

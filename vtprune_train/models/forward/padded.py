@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.cache import Conversation, StagedLayer, staged
+from vtprune_train.models.cache import Conversation, StagedLayer, first_attending, staged
 from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, Visual, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
+from vtprune_train.models.forward.linear_attention import attending_layers
 from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
@@ -94,7 +95,7 @@ def forward_text(
     use_cache: bool | None = None,
     deepstack_visual_embeds: Sequence[Tensor] | None = None,
     **keywords: Any,
-) -> BaseModelOutputWithPast:
+) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
     """Forward of the decoder over padded rows (left or right), cached or not, dropping tokens between layers.
 
     Args:
@@ -126,16 +127,18 @@ def forward_text(
         use_cache = False
     cache = None
     if use_cache or past_key_values is not None:
-        cache = staged(past_key_values, len(text_model.layers), state.method)
+        cache = staged(past_key_values, len(text_model.layers), state.method, attending_layers(text_model))
+    # Models with experts read router_logits of the output.
+    output = MoeModelOutputWithPast if getattr(text_model.config, "num_experts", None) else BaseModelOutputWithPast
     call = state.running.call or Call(None)
     has_images = bool(call.images or call.videos)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return output(last_hidden_state=hidden, past_key_values=cache)
     hidden = _run_rows(
         text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, deepstack_visual_embeds
     )
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    return output(last_hidden_state=hidden, past_key_values=cache)
 
 
 def checkpoints_layers(text_model: HFModule) -> bool:
@@ -195,13 +198,13 @@ def _run_rows(
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if conversation is not None and cache is not None:
-        cache.layers[0].conversation = conversation  # type: ignore[attr-defined]
+        first_attending(cache).conversation = conversation
     return hidden[:, -new_length:]
 
 
 def _extended_conversation(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Conversation:
     """Append this call's columns to the stored conversation."""
-    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    first = first_attending(cache)
     image = np.full(real.shape, Conversation.PADDING, dtype=np.int64)
     images_before = torch.zeros(len(real), 1, dtype=torch.int64)
     if first.conversation is not None:
@@ -227,7 +230,7 @@ def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, ca
     A later turn is therefore equivalent to one call with the whole conversation: all image tokens are present and are
     ranked with the new question. Only random draws differ, since they are seeded by this turn's text. Between turns
     only the decoder's input embeddings are stored, a fraction of a full cache."""
-    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    first = first_attending(cache)
     if not first.get_seq_length():
         return real
     images = conversation.image.cpu().numpy()
@@ -265,7 +268,7 @@ def prefill(
     Returns:
         [T_last, C] normalized hidden states, the output of the layers, and the cache for :func:`decode`.
     """
-    cache = staged(cache, len(text_model.layers), method)
+    cache = staged(cache, len(text_model.layers), method, attending_layers(text_model))
     planned = plan_pass(segments, len(text_model.layers), method)
     staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
     plan = to_device(planned, embeds_TC.device)
@@ -278,31 +281,33 @@ def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tenso
     """Run one decoding step for all rows on a staged cache with transformers' attention: token embeddings [B, 1, C] ->
     normalized hidden states [B, 1, C]. Adds one column to every layer's cache."""
     check_attention(text_model)
-    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-    num_layers = len(text_model.layers)
+    num_layers, shared = len(text_model.layers), first_attending(cache)
     drops = () if method is None else method.drops(num_layers)
     hidden = hidden_B1C
     for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers]):
-        if first == end:
-            continue
-        positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
-        if layers[0].parts > 1:
-            positions = positions.expand(layers[0].parts, -1, -1)
-        rotary = rotary_tables(text_model, hidden, positions, cache.get_seq_length() + 1)
+        attending = [layer for layer in cache.layers[first:end] if isinstance(layer, StagedLayer)]
+        positions = rotary = None
+        if attending:
+            positions = attending[0].next_positions().unsqueeze(1)  # [B, 1]
+            if shared.parts > 1:
+                positions = positions.expand(shared.parts, -1, -1)
+            rotary = rotary_tables(text_model, hidden, positions, cache.get_seq_length() + 1)
         masks: dict[tuple[int | None, int | None], Tensor | None] = {}
         for index in range(first, end):
-            layer = text_model.layers[index]
-            window = sliding_window(layer.self_attn)
-            sees = window, index if layers[index].compacted else None
-            if sees not in masks:
-                masks[sees] = _decoding_mask(layers[index], window)
+            layer, cached, mask = text_model.layers[index], cache.layers[index], None
+            if isinstance(cached, StagedLayer):
+                window = sliding_window(layer.self_attn)
+                sees = window, index if cached.compacted else None
+                if sees not in masks:
+                    masks[sees] = _decoding_mask(cached, window)
+                mask = masks[sees]
             hidden = layer(
-                hidden, attention_mask=masks[sees], position_ids=positions, position_embeddings=rotary,
+                hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary,
                 past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
-    if layers[0].conversation is not None:
-        layers[0].conversation = layers[0].conversation.and_then(
-            hidden_B1C, torch.full_like(layers[0].conversation.image[:, :1], Conversation.TEXT)
+    if shared.conversation is not None:
+        shared.conversation = shared.conversation.and_then(
+            hidden_B1C, torch.full_like(shared.conversation.image[:, :1], Conversation.TEXT)
         )
     return text_model.norm(hidden)
 
@@ -328,6 +333,12 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
                 "different lengths; call the model inside `with vtprune_train.dense(model):` to get it from the dense "
                 "model"
             )
+    if keywords.get("output_router_logits"):
+        raise ValueError(
+            "a pruned model does not take output_router_logits, neither as an argument nor in the text config: stages "
+            "have different lengths, so the load-balancing loss of the experts is not computed; set it to False, or "
+            "call the model inside `with vtprune_train.dense(model):`"
+        )
     if keywords.get("cu_seq_lens_q") is not None:
         raise ValueError(
             "cu_seq_lens_q (several samples packed into one row) is not supported by a pruned model; pad each sample "

@@ -97,7 +97,8 @@ def check_layers(text_model: HFModule, attention: str, learns: str | None) -> No
         ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or a method
             with learned parameters on a decoder that is already sharded.
     """
-    missing = [index for index, layer in enumerate(text_model.layers) if not hasattr(layer, "self_attn")]
+    mixers = ("self_attn", "linear_attn")
+    missing = [i for i, layer in enumerate(text_model.layers) if not any(hasattr(layer, mixer) for mixer in mixers)]
     if missing:
         raise ValueError(
             f"decoder layer {missing[0]} is a {type(text_model.layers[missing[0]]).__name__}, not on this rank: a "

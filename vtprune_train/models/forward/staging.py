@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vtprune_train.core.stream import Boundary, ScoredSegment, Stage, StreamPlan, to_device
-from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer
+from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, first_attending
 from vtprune_train.models.forward.calls import Call
 from vtprune_train.models.forward.decoder import Staging, renumbers
 from vtprune_train.pruning.base import PruningMethod
@@ -50,20 +50,30 @@ class Before:
 
     @classmethod
     def of(cls, cache: DynamicCache, num_rows: int, three_parts: bool) -> Before:
-        layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+        layers = _with_keys(cache)
         filled = [layer for layer in layers if layer.width]
         none = [[0] * num_rows] * len(layers)
         tokens, next_positions, has_images = none, none, none[0]
         if filled:
             numbers = [*(layer.num_tokens() for layer in filled), *(layer.next_positions() for layer in filled)]
-            if layers[0].has_images is not None:
-                numbers.append(layers[0].has_images)
+            if (seen := first_attending(cache).has_images) is not None:
+                numbers.append(seen)
             read = iter(torch.stack(numbers).tolist())  # the one copy to the host
             tokens, next_positions = ([next(read) if layer.width else none[0] for layer in layers] for _ in range(2))
             has_images = next(read, has_images)
         return cls(
             tokens, next_positions, [layer.width for layer in layers], cache.get_seq_length(), three_parts, has_images
         )
+
+
+def _with_keys(cache: DynamicCache) -> list[StagedLayer]:
+    """For each layer its cache, and for a linear attention layer that of the next layer that attends (or the last one),
+    because its own has no length."""
+    layers, following = [], next(layer for layer in reversed(cache.layers) if isinstance(layer, StagedLayer))
+    for layer in reversed(cache.layers):
+        following = layer if isinstance(layer, StagedLayer) else following
+        layers.append(following)
+    return layers[::-1]
 
 
 def _staging(
@@ -132,8 +142,8 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
     """Update the cache after a call of ``length`` columns: next positions per layer, rows with images, method, and
     caller-visible length. ``before`` is the cache state at the start of the call."""
-    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-    known = layers[0].ahead
+    first = first_attending(cache)
+    known = first.ahead
     following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
     for index, stage in enumerate(plan.stages):
         drop = plan.boundaries[index - 1].drop if index else None
@@ -143,16 +153,17 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
         rows.append(following)
     visual = np.array(plan.stages[-1].segment_lengths) - [segment.num_text for segment in plan.outline.segments]
     has_images = np.maximum(before.has_images, visual > 0)
-    settled = to_device(np.stack([*rows, has_images]), layers[0].keys.device)  # [stages + 1, B]
-    next_positions, layers[0].has_images = settled[:-1], settled[-1]
+    settled = to_device(np.stack([*rows, has_images]), first.keys.device)  # [stages + 1, B]
+    next_positions, first.has_images = settled[:-1], settled[-1]
     if before.three_parts:
-        layers[0].parts = 3
+        first.parts = 3
         next_positions = next_positions if known is None else next_positions + known
     for stage, next_position in zip(plan.stages, next_positions, strict=True):
-        for layer in layers[stage.first_layer : stage.end_layer]:
-            layer.ahead = next_position - layer.num_tokens()
-    layers[0].filled_by = method
-    layers[0].unstored = before.columns + length - layers[0].width
+        for layer in cache.layers[stage.first_layer : stage.end_layer]:
+            if isinstance(layer, StagedLayer):
+                layer.ahead = next_position - layer.num_tokens()
+    first.filled_by = method
+    first.unstored = before.columns + length - first.width
 
 
 def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
@@ -191,7 +202,7 @@ def use_three_parts(
     come from the family, from the caller (as in ``generate``), or default to token indices.
     """
     counted = staging.positions[0]
-    first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
+    first = None if cache is None else first_attending(cache)
     num_rows = len(call.segments)
     row = to_device(np.repeat(np.arange(num_rows), [segment.length for segment in call.segments]), counted.device)
     continues = first is not None and first.get_seq_length() > 0

@@ -188,6 +188,18 @@ def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict
     return read_json_object(Path(file)) if file is not None and Path(file).is_file() else None
 
 
+def processor_chat_template(path: str, *, offline: bool = False) -> str | None:
+    """The chat template saved with a processor, in a folder or on the hub (with ``offline``, only from the cache);
+    ``None`` without one."""
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(path, local_files_only=offline)
+    except OSError as error:
+        log.debug("%s has no readable processor: %s", path, error)
+        return None
+    source = settings.get("chat_template")
+    return source.get("default") if isinstance(source, dict) else source
+
+
 def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[str, Any]:
     """Settings of ``processor_config.json`` and of the chat template's file, without parts that have their own
     files."""

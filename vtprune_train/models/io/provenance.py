@@ -185,11 +185,19 @@ def weight_files(source: str) -> list[Path]:
 
 
 def published_names(model: HFModule) -> dict[str, str]:
-    """Names of a model's tensors in published checkpoints, by their names in memory; for a model without an adapter."""
+    """Names of a model's tensors in published checkpoints, by their names in memory; for a model without an adapter.
+
+    Raises:
+        ValueError: published checkpoints store its tensors in other parts (Qwen3.5-MoE: every expert by itself).
+    """
     state = model.state_dict()
     name_of = {id(tensor): name for name, tensor in state.items()}
     saved = revert_weight_conversion(model, state)
-    assert all(id(tensor) in name_of for tensor in saved.values()), "published tensors are not just renamed"
+    if other := [published for published, tensor in saved.items() if id(tensor) not in name_of]:
+        raise ValueError(
+            f"the weights of a published {type(model).__name__} are not stored as they are in memory ({other[0]}); "
+            "open them with from_pretrained instead of load_state_dict, and then prune the model"
+        )
     return {name_of[id(tensor)]: published for published, tensor in saved.items()}
 
 

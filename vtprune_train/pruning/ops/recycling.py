@@ -52,16 +52,17 @@ class SparseDrop(Drop):
 
 
 @torch.no_grad()
-def density_peaks(features_NC: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+def density_peaks(features_NC: Tensor, num_clusters: int, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
     """Density-peak clustering: cluster centres have high density and are far from denser tokens.
 
-    With distances d = L2 / sqrt(C): density rho = exp(-mean of d^2 to the ``num_clusters`` nearest, itself included);
+    With distances d = L2 / sqrt(C): density rho = exp(-mean of d^2 to the ``neighbours`` nearest, itself included);
     gap = d to the nearest denser token, the largest d of all for the densest; centres have the largest rho * gap; every
     other token joins the nearest centre. Ties go to the earlier token.
 
     Args:
         features_NC: any float dtype; computed in float32 at least.
         num_clusters: M, from 1 to N.
+        neighbours: from 1 to N; ``None`` means ``num_clusters``.
 
     Returns:
         [M] int64, the centres, best first, and [N] int64, the cluster of each token.
@@ -70,7 +71,7 @@ def density_peaks(features_NC: Tensor, num_clusters: int) -> tuple[Tensor, Tenso
     # Compute distances directly: the matmul shortcut loses the precision needed to separate close tokens.
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances / features.shape[1] ** 0.5  # [N, N]
-    density = torch.exp(-distances.topk(num_clusters, largest=False).values.square().mean(dim=1))
+    density = torch.exp(-distances.topk(neighbours or num_clusters, largest=False).values.square().mean(dim=1))
     order = torch.arange(len(density), device=density.device)
     denser = (density > density[:, None]) | ((density == density[:, None]) & (order < order[:, None]))
     gap = torch.where(denser, distances, distances.max()).amin(dim=1)

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import DecoderGeometry, TrainingCost
-from vtprune_train.data.chat import ChatEncoder, Template
+from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources.base import Bounds
-from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
+from vtprune_train.data.templates import carry, stop_where_answers_end
 from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove
 from vtprune_train.models import HFModule
@@ -29,7 +29,7 @@ from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.layout import build_layout, has_videos
-from vtprune_train.training.loop.sample import template_misfits, template_of
+from vtprune_train.training.loop.sample import open_encoder, template_misfits, template_of, training_texts
 
 log = logging.getLogger(__name__)
 
@@ -46,31 +46,28 @@ class Parts:
 
 def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     """Tokenizer, model and processor."""
-    template = template_of(config.data)
-    tokenizer = _tokenizer(config, template)
+    tokenizer = _tokenizer(config)
     model = open_model(config.model, tokenizer, placement)
     _, loop = family_of_config(model.config)
-    encoder = build_encoder(
-        template, tokenizer, loop, config.data.image_position, config.data.tokenization, videos=has_videos(config)
-    )
+    encoder = open_encoder(config, tokenizer, loop)
     if ranks.rank() == 0:
         for line in template_misfits(config, encoder):
             log.warning("%s", line)
     video = config.data.video.model_dump() if has_videos(config) else None
     processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels, video)
     carry(processor, written_by(encoder, loop))
-    stop_where_answers_end(model, tokenizer, template, warn=ranks.rank() == 0)
+    stop_where_answers_end(model, tokenizer, encoder.template, warn=ranks.rank() == 0)
     layout = build_layout(config, loop, model.config, processor.image_processor, config.model.path)
     return Parts(model, processor, encoder, layout)
 
 
-def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The run's tokenizer. If it has to be trained, ranks of one machine take turns; a damaged one is retrained from
     the same data."""
     folder = config.run_dir / "tokenizer"
 
     def load() -> PreTrainedTokenizerBase:
-        return load_tokenizer(config.model, lambda: training_texts(config, template), folder)
+        return load_tokenizer(config.model, lambda: all_training_texts(config), folder)
 
     if config.model.config is None:
         return load()
@@ -101,14 +98,15 @@ def _tokenizer_damage(folder: Path) -> str:
     return ""
 
 
-def training_texts(config: Config, template: Template) -> Iterator[str]:
+def all_training_texts(config: Config) -> Iterator[str]:
     """Yield all training conversations formatted with the template, for tokenizer training."""
+    template = template_of(config.data)
     for source in config.sources("train"):
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
         for record in read_records(Path(source.path), source.ignore, bounds, source.reader or ""):
             if not record.error:
-                yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
+                yield from training_texts(template, prompt.apply(record).turns)
 
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:

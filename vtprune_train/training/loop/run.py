@@ -80,6 +80,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
         start_server()  # slow import
     parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
+    config.pruning.fit(parts.model.config.get_text_config())
     method = config.pruning.build()
     if method is not None and ranks.rank() == 0:
         log.info("pruning by %s", schedule(method, parts.model.config.get_text_config().num_hidden_layers))

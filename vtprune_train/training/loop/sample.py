@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.config.data import DataConfig
 from vtprune_train.config.settings import Config
+from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
 from vtprune_train.data.sources.base import Bounds
-from vtprune_train.data.templates import build_encoder, describe_sample, misfits, saved_chat_template
+from vtprune_train.data.templates import (
+    build_encoder,
+    describe_sample,
+    misfits,
+    open_auto_template,
+    saved_chat_template,
+)
+from vtprune_train.data.turns import Turn
 from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import ImageLayout, Visual
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training.loop.layout import has_videos
 
+NO_CHECKPOINT = f"data.template={AUTO}: model.config names no checkpoint with a chat template; use a named template"
 LOOKED_AT = 100  # number of records to try until one can be shown
 
 
-def template_of(data: DataConfig) -> Template:
-    """The template with the run's system prompt."""
+def template_of(data: DataConfig) -> Template | None:
+    """The template with the run's system prompt; ``None`` for that of the checkpoint."""
+    if data.template == AUTO:
+        return None
     template = get_template(data.template)
     return template if data.system is None else replace(template, default_system=data.system)
+
+
+def open_encoder(
+    config: Config, tokenizer: PreTrainedTokenizerBase, loop: Loop, *, offline: bool = False
+) -> ChatEncoder:
+    """The run's encoder. ``offline``: do not access the hub (dry runs).
+
+    Raises:
+        ValueError: template and tokenizer are incompatible, or the checkpoint has no usable chat template.
+    """
+    template: Template | AutoTemplate | None = template_of(config.data)
+    if template is None:
+        name = config.model.path or config.model.tokenizer or config.model.language_model
+        if name is None:
+            raise ValueError(NO_CHECKPOINT)
+        place = resolve_checkpoint(name)
+        template = open_auto_template(tokenizer, loop, place, offline=offline, videos=has_videos(config))
+    position, tokenization = config.data.image_position, config.data.tokenization
+    return build_encoder(template, tokenizer, loop, position, tokenization, videos=has_videos(config))
+
+
+def training_texts(template: Template | None, turns: Sequence[Turn]) -> Iterator[str]:
+    """The texts of a conversation, for tokenizer training."""
+    if template is None:
+        raise ValueError(NO_CHECKPOINT)
+    return (text for text, _ in template.pieces(turns))
 
 
 def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = False) -> list[str]:
@@ -53,21 +92,28 @@ def first_sample(collate: Collator) -> str:
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
     available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
-    readable = next(_readable(config, layout), None)
-    if readable is None:
+    readable = _readable(config, layout)
+    first = next(readable, None)
+    if first is None:
         return ["sample        not shown: no record with readable images found"]
-    record, sizes = readable
-    template = template_of(config.data)
-    texts = [text for text, _ in template.pieces(record.turns)]
+    template, turns = template_of(config.data), first[0].turns
     try:
-        tokenizer = load_tokenizer(config.model, lambda: texts, config.run_dir / "tokenizer", offline=True)
+        folder = config.run_dir / "tokenizer"
+        tokenizer = load_tokenizer(config.model, lambda: training_texts(template, turns), folder, offline=True)
     except ValueError as error:
         return [f"sample        not shown: {error}"]
-    encoder = build_encoder(
-        template, tokenizer, loop, config.data.image_position, config.data.tokenization, videos=has_videos(config)
-    )
+    encoder = open_encoder(config, tokenizer, loop, offline=True)
     lines = [f"WARNING       {line}" for line in template_misfits(config, encoder, offline=True)]
-    return [*lines, _described(encoder, layout, record, sizes, "sample       ")]
+    reasons = []
+    for record, sizes in chain([first], readable):
+        try:
+            shown = _described(encoder, layout, record, sizes, "sample       ")
+        except ValueError as error:
+            reasons.append(f"{record.id}: {error}")
+        else:
+            refused = f"WARNING       {len(reasons)} record(s) cannot be used, first: {reasons[0]}" if reasons else ""
+            return [*lines, *filter(None, [refused]), shown]
+    return [*lines, f"sample        not shown: no record can be used, first: {reasons[0]}"]
 
 
 def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversation, list[Visual]]]:
@@ -77,7 +123,8 @@ def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversatio
             continue
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        records = read_records(Path(source.path), source.ignore, bounds, source.reader or "")
+        chat = config.data.template == AUTO
+        records = read_records(Path(source.path), source.ignore, bounds, source.reader or "", chat=chat)
         for record in islice(records, LOOKED_AT):
             if record.error or (record.videos and source.videos is None):
                 continue

@@ -18,7 +18,7 @@ import torch
 from vtprune_train.config.settings import Config
 from vtprune_train.config.train import TrainConfig
 from vtprune_train.core import user_code
-from vtprune_train.core.flops import DecoderGeometry, stage_layers
+from vtprune_train.core.flops import DELTA_CHUNK, DecoderGeometry, attending_layers, stage_layers
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of, trained_family
@@ -286,6 +286,8 @@ class LayerBytes:
         Linear layers and norms with frozen weights do not save their inputs. ``element``: bytes of an activation.
         """
         g = DecoderGeometry.of(config)
+        if g.gated:
+            return cls._of_gated(g, element, trained, copies_output)
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
         if_trained = element if trained else 0
         norms = 2 * (4 * g.hidden + 4 + 2 * if_trained * g.hidden)
@@ -298,6 +300,40 @@ class LayerBytes:
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
     @classmethod
+    def _of_gated(cls, g: DecoderGeometry, element: int, trained: bool, copies_output: bool) -> LayerBytes:
+        """A layer of Qwen3.5 that attends: its norms save float32 products with their weights; queries come with a
+        gate, which saves itself, the attention's output and their product."""
+        q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        saved = cls._shared(g, element, trained)
+        saved += (6 * element + (4 + element if trained else 0) - (0 if copies_output else element)) * q
+        saved += (2 * element + 4 + (4 if trained else 0)) * k + 8 * g.heads + 4 * g.kv_heads
+        return cls(saved, element * g.hidden, 2 * element * (g.intermediate + g.hidden))
+
+    @classmethod
+    def of_linear(cls, config: Any, element: int, trained: bool) -> LayerBytes:
+        """A layer of Qwen3.5 with linear attention, in PyTorch code without kernels, which save much less: the delta
+        rule computes in float32 and keeps five products within each chunk and the state after it. Padding of short
+        samples is not counted."""
+        g = DecoderGeometry.of(config)
+        assert g.linear is not None
+        a = g.linear
+        keys, expanded, values = a.key_heads * a.key_dim, a.value_heads * a.key_dim, a.value_heads * a.value_dim
+        rule = (8 * element + 16) * expanded + (3 * element + 24 + (2 * element if trained else 0)) * values
+        rule += (20 * DELTA_CHUNK + 32 + element + (4 if trained else 0)) * a.value_heads
+        state = 4 * a.value_heads * a.key_dim * a.value_dim // DELTA_CHUNK
+        saved = cls._shared(g, element, trained) + 4 * element * keys + rule + state
+        # Gradients of two products within a chunk, and of the rule's inputs and output.
+        backward = 2 * element * (g.intermediate + g.hidden)
+        backward = max(backward, 8 * DELTA_CHUNK * a.value_heads + 8 * (expanded + values))
+        return cls(saved, element * g.hidden, backward)
+
+    @staticmethod
+    def _shared(g: DecoderGeometry, element: int, trained: bool) -> int:
+        """Saved by the norms and the MLP of a layer of Qwen3.5."""
+        norms = (8 + (8 + 2 * element if trained else 0)) * g.hidden + 8
+        return norms + (4 if trained else 3) * element * g.intermediate
+
+    @classmethod
     def of_tower(cls, saved: SavedByTower, element: int) -> LayerBytes:
         """A trained layer of a vision tower, with activations of ``element`` bytes."""
         c, m = saved.hidden, saved.intermediate
@@ -306,11 +342,10 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Bytes of a model's layers, head and tower. ``tower`` and ``projector`` are per token of the tower, ``rotary``
-    (tables of cosines and sines) per token of a stage."""
+    """Bytes of a model's decoder layers, head and tower. ``tower`` and ``projector`` are per token of the tower,
+    ``rotary`` (tables of cosines and sines) per token of a stage."""
 
-    layer: LayerBytes
-    num_layers: int
+    layers: tuple[LayerBytes, ...]
     tower: LayerBytes | None
     tower_layers: int
     tower_tokens: int
@@ -321,6 +356,10 @@ class Geometry:
     element: int
     trains_head: bool
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
     @classmethod
     def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
         """Read a model config, for weights of ``dtype``, the parts in ``train`` (``model.train``) and the decoder's
@@ -329,10 +368,13 @@ class Geometry:
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train
-        layer = LayerBytes.of_decoder(text, e, trained or "lora" in train, attention.endswith("varlen_sdpa"))
+        adapts = trained or "lora" in train
+        layers = [LayerBytes.of_decoder(text, e, adapts, attention.endswith("varlen_sdpa"))] * text.num_hidden_layers
+        if (attending := attending_layers(text)) is not None:
+            linear = LayerBytes.of_linear(text, e, adapts)
+            layers = [layer if index in attending else linear for index, layer in enumerate(layers)]
         return cls(
-            layer,
-            text.num_hidden_layers,
+            tuple(layers),
             LayerBytes.of_tower(tower, e) if "vision_tower" in train else None,
             tower.layers,
             tower.tokens,
@@ -390,9 +432,11 @@ class Activations:
     def of(cls, geometry: Geometry, batch: MicroBatch, recomputed: Sequence[int], tower_too: bool) -> Activations:
         """Count a micro-batch whose decoder layers ``recomputed`` (and with ``tower_too`` the tower's) are recomputed
         in the backward pass."""
-        layer, tokens = geometry.layer, np.repeat(batch.tokens, batch.layers)
+        tokens = np.repeat(batch.tokens, batch.layers)
         again = np.isin(np.arange(geometry.num_layers), recomputed)
-        kept = np.where(again, layer.input, layer.saved) * tokens
+        sizes = np.array([(layer.saved, layer.input, layer.backward) for layer in geometry.layers])
+        saved, inputs, backward = sizes.T
+        kept = np.where(again, inputs, saved) * tokens
         stages = [int(part.sum()) for part in np.split(kept, np.cumsum(batch.layers)[:-1])]
         stages = [size + geometry.rotary * tokens for size, tokens in zip(stages, batch.tokens, strict=True)]
         seen = batch.tiles * geometry.tower_tokens
@@ -405,7 +449,7 @@ class Activations:
         head_kept, head_working = _head(geometry, batch.rows)
         rotary = np.repeat(np.cumsum(batch.tokens), batch.layers) * geometry.rotary
         below = tower + np.cumsum(kept) + rotary
-        working = (layer.backward + np.where(again, layer.saved - layer.input, 0)) * tokens
+        working = (backward + np.where(again, saved - inputs, 0)) * tokens
         peaks = {f"decoder layer {i}": (int(below[i]), int(working[i])) for i in range(geometry.num_layers)}
         peaks["head"] = (int(below[-1]), head_kept + head_working)
         peaks["tower"] = (tower, tower_working)

@@ -1,0 +1,72 @@
+"""Efficient Video Sampling (EVS, arXiv 2510.14624): keeps the visual tokens of a video that change most from frame to
+frame.
+
+Shape suffixes: V candidates, F steps in time, N tokens of a step, C hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vtprune_train.core.rounding import as_fraction
+from vtprune_train.core.stream import Boundary, Drop
+from vtprune_train.pruning.candidates import Candidates
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.needs import Positions
+from vtprune_train.pruning.ops.videos import Steps, VideoDrop, check_per_video, steps_of, video_tokens
+from vtprune_train.pruning.setting_types import Share
+
+ALWAYS = 255.0  # above every dissimilarity, which is at most 2
+
+
+class EVS(OneShare):
+    """Each video keeps its first frame and, of the other frames, the tokens that differ most from the token at the same
+    place one frame earlier: the tokens that vLLM keeps with ``--video-pruning-rate`` 1 - ``keep``. Images are kept
+    whole.
+
+    Args:
+        keep: keep ratio of a video, in (0, 1]; published models use 0.3.
+        positions: ``keep`` keeps the positions of the kept tokens (published); ``renumber`` numbers them 0, 1, ...
+    """
+
+    keep: Share = 0.3
+    positions: Positions = "keep"
+
+    name = "evs"
+    paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference (arXiv 2510.14624)"
+
+    def __post_init__(self) -> None:
+        check_per_video(self.name, self.per)
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        return (_EVSDrop(0, self.keep),)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        spans = candidates.boundary.spans
+        hidden = candidates.hidden.detach().split([span.before for span in spans])
+        scores = [candidates.hidden.new_zeros(0, dtype=torch.float32)]
+        for tokens, span in zip(hidden, spans, strict=True):
+            always = tokens.new_full((span.before,), ALWAYS, dtype=torch.float32)
+            if (steps := steps_of(span, span.before)) is not None:
+                always[steps.size : steps.tokens] = changes(steps.of(tokens)).flatten()
+            scores.append(always)
+        return torch.cat(scores)
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        return 6.0 * hidden * video_tokens(boundary.spans)
+
+
+class _EVSDrop(VideoDrop):
+    """Counts as vLLM does, in floating point: a first frame at least."""
+
+    def of_steps(self, steps: Steps) -> int:
+        rate = float(1 - as_fraction(self.keep))
+        return max(steps.size, int(steps.tokens * (1 - rate)))
+
+
+def changes(frames_FNC: Tensor) -> Tensor:
+    """[F - 1, N] float32: cosine distance of each token to the token at the same place one frame earlier, computed in
+    the precision of the features, as in vLLM, so that both round to the same ties."""
+    return (1 - cosine_similarity(frames_FNC[1:], frames_FNC[:-1], dim=-1)).float()

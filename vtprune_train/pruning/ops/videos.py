@@ -1,0 +1,101 @@
+"""Steps in time of a video's visual tokens, and drop points that count by them.
+
+A video whose steps are unknown is treated like an image: its grids are missing or of different sizes, or an earlier
+method has already dropped tokens of it.
+
+Shape suffixes: V candidates, F steps in time, N tokens of a step, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Boundary, Drop, ImageSpan, SpanLayout
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``count`` steps in time of ``size`` tokens each, followed by ``rest`` tokens of no step (newlines)."""
+
+    count: int
+    size: int
+    rest: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all steps."""
+        return self.count * self.size
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """[F, N, C] tokens of each step, of a video's [n, C] tokens."""
+        return hidden[: self.tokens].unflatten(0, (self.count, self.size))
+
+
+def steps_of(span: ImageSpan | SpanLayout, tokens: int) -> Steps | None:
+    """The steps of a video that has ``tokens`` tokens; ``None`` for an image and if the steps are unknown."""
+    sizes = [rows * columns for rows, columns in span.grids]
+    of_steps = set(sizes[: span.frames])
+    if len(sizes) < span.frames or len(of_steps) != 1 or sum(sizes) != tokens or 0 in of_steps:
+        return None
+    return Steps(span.frames, sizes[0], sum(sizes[span.frames :]))
+
+
+def check_per_video(name: str, per: str) -> None:
+    """Reject ``per: frame`` for a method that compares frames: a frame alone would keep all of its tokens.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if per != "video":
+        raise ValueError(
+            f"per={per!r} has no meaning for {name}, which compares the frames of a video; use per='video'"
+        )
+
+
+class VideoDrop(Drop):
+    """A drop that reduces videos only: images and videos whose steps are unknown are kept whole, and so are tokens of
+    no step. Where only lengths are known (budgets), every span counts as a long video."""
+
+    def of_steps(self, steps: Steps) -> int:
+        """Number of tokens kept from the steps of a video, at least one."""
+        return max(1, floor_of(self.keep, steps.tokens))
+
+    def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
+        steps = steps_of(span, before)
+        return before if steps is None else self.of_steps(steps) + steps.rest
+
+
+def picked_per_video(hidden_VC: Tensor, boundary: Boundary, pick: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Select candidates of each video; all other candidates are kept.
+
+    Args:
+        hidden_VC: candidates.
+        boundary: a drop point with a :class:`VideoDrop`.
+        pick: function of a video's tokens [F, N, C] and the number of them to keep, returning their int64 indices in
+            F * N, in any order.
+
+    Returns:
+        [K] int64, ascending.
+    """
+    chosen, first = [boundary.span_of_visual[:0]], 0
+    for span in boundary.spans:
+        steps = steps_of(span, span.before)
+        start = first
+        if steps is not None:
+            tokens = steps.of(hidden_VC[first : first + span.before])
+            chosen.append(first + torch.sort(pick(tokens, span.after - steps.rest)).values)
+            start += steps.tokens
+        first += span.before
+        chosen.append(torch.arange(start, first, device=hidden_VC.device))
+    return torch.cat(chosen)
+
+
+def video_tokens(spans: Sequence[SpanLayout]) -> int:
+    """Number of candidates that belong to a step of a video."""
+    steps = (steps_of(span, span.before) for span in spans)
+    return sum(known.tokens for known in steps if known is not None)
