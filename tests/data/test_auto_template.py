@@ -41,7 +41,7 @@ from vtprune_train.data.templates import misfits, open_auto_template
 from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL
 from vtprune_train.evaluation.answering import answers, load, prompt_text, write_prompt
 from vtprune_train.models.families import trained_family
-from vtprune_train.models.io.processors import _without_videos
+from vtprune_train.models.io.processors import _without_torchvision
 
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
@@ -132,11 +132,11 @@ def processor_of(name: str, tokenizer: Any) -> Any:
             setattr(tokenizer, f"{key}_id", tokenizer.convert_tokens_to_ids(token))
         tokenizer.video_token = "<video>"
         images = GotOcr2ImageProcessorPil(size=tile, crop_to_patches=True, max_patches=4)
-        return _without_videos(InternVLProcessor)(image_processor=images, tokenizer=tokenizer, image_seq_length=4)
+        return _without_torchvision(InternVLProcessor)(image_processor=images, tokenizer=tokenizer, image_seq_length=4)
     kind = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[name]
     size = {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
     images = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=size)
-    return _without_videos(kind)(image_processor=images, tokenizer=tokenizer)
+    return _without_torchvision(kind)(image_processor=images, tokenizer=tokenizer)
 
 
 def processor_ids(name: str, encoder: ChatEncoder, turns: list[Turn]) -> list[int]:

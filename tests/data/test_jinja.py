@@ -7,8 +7,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vtprune_train.core.stream import IMAGE, VIDEO
-from vtprune_train.data.chat import TEMPLATES, VISUAL, Template, Turn, _image_first
+from vtprune_train.data.chat import TEMPLATES, Template, Turn, _image_first
 from vtprune_train.data.jinja import chat_template
+from vtprune_train.data.turns import VISUAL
 
 SPLIT = re.compile(f"({VISUAL.pattern})")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import TextStreamer
 
 from vtprune_train.cli.options import add_method_options, add_model_option, add_sampling_options, load_model
 from vtprune_train.evaluation.answering import answers, open_image, prompt_text
-from vtprune_train.evaluation.timing import plans_run, visual_line
+from vtprune_train.evaluation.timing import empty_cache, plans_run, visual_line
 from vtprune_train.evaluation.videos import open_video
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning("the chat template of this model leaves out the text of the prompt")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cache = DynamicCache()
+    cache = empty_cache(loaded.model)
     with plans_run(loaded.model) as plans:
         [answer] = answers(loaded, [([*images, *videos], arguments.prompt)], past_key_values=cache, **settings)
     if (images or videos) and plans:

@@ -308,10 +308,11 @@ def write_prompt(
         token = tokens.get(mark) or getattr(processor, "video_token", None)
         if token and (token != mark or mark not in tokens) and any(token in turn.text for turn in turns):
             raise ValueError(f"the prompt contains {token}, this model's {what} token; write {mark} for {one}")
+    mark_of = VISUAL if videos else IMAGE_MARK
     if kind is None:
-        return "\n".join(_with_tokens(turn.text, tokens) for turn in turns)
+        return "\n".join(mark_of.sub(lambda match: tokens[match.group()], turn.text) for turn in turns)
     tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
-    messages = [message_of(turn, kind, VISUAL if videos else IMAGE_MARK, tokens) for turn in _continued(turns)]
+    messages = [message_of(turn, kind, mark_of, tokens) for turn in _continued(turns)]
     begun = turns[-1].is_prefix
     try:
         text: str = processor.apply_chat_template(
@@ -329,10 +330,6 @@ def _continued(turns: Sequence[Turn]) -> list[Turn]:
     spoken = [turn for turn in turns if turn.role != TOOLS]
     last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
     return joined([*spoken, *last])[0]
-
-
-def _with_tokens(text: str, tokens: Mapping[str, str]) -> str:
-    return VISUAL.sub(lambda match: tokens.get(match.group(), match.group()), text)
 
 
 def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.Image], list[DecodedVideo]]:

@@ -81,6 +81,13 @@ class _AtFirstToken(LogitsProcessor):
         return scores
 
 
+def empty_cache(model: HFModule) -> DynamicCache:
+    """A cache for ``generate``. A dense model with linear attention needs one made for its layers."""
+    text = model.config.get_text_config()
+    is_linear = "linear_attention" in (getattr(text, "layer_types", None) or ())
+    return DynamicCache(config=text) if is_linear and not is_pruned(model) else DynamicCache()
+
+
 def is_visual(config: Any, input_ids: Tensor) -> Tensor:
     """Whether each token is one of an image or video, bool like ``input_ids``."""
     of_images: Tensor = input_ids == config.image_token_id
@@ -128,7 +135,7 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
         min_new_tokens: minimum length, to time answers of equal length.
     """
     device = loaded.model.device
-    cache = DynamicCache()
+    cache = empty_cache(loaded.model)
     first = _AtFirstToken(cache, device)
     with torch.inference_mode(), plans_run(loaded.model) as plans:
         start = now(device)
