@@ -147,7 +147,6 @@ class MergedPatches(ImageLayout):
         if not self.timestamps:
             return VISION.format(VIDEO)
         seconds = timestamps(visual, self.temporal_patch_size)
-        # The processor leaves the tokens that the chat template writes around a video, since transformers 5.10.
         return VISION.format("".join(f"<{second:.1f} seconds>{VISION.format(VIDEO)}" for second in seconds))
 
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
