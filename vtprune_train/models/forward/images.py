@@ -31,6 +31,7 @@ class _Seen:
     grids: Grids
     encoder: EncoderSignals | None = None
     frames: int = 0
+    length: int = 0
 
 
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
@@ -82,12 +83,18 @@ def get_video_features(self: HFModule, original: Callable[..., Any], state: Stat
         state.running.call = call
     videos = features.pooler_output
     layouts = required(state.family.videos, state.family.title)(self.config, inputs)
-    if [sum(rows * columns for rows, columns in grids) for grids, _ in layouts] != [len(video) for video in videos]:
-        layouts = [((), frames) for _, frames in layouts]
-    _attach(videos, [_Seen(grids, frames=frames) for grids, frames in layouts])
+    _attach(videos, [_of_video(video, *layout) for video, layout in zip(videos, layouts, strict=True)])
     if call is not None:
         note_videos(call, videos)
     return features.to_tuple() if as_tuple else features
+
+
+def _of_video(tokens: Tensor, grids: Grids, frames: int) -> _Seen:
+    """The metadata of a video with these features; without grids if they do not fit. In transformers 5.17 the features
+    have no newline, which the model adds later."""
+    count, expected = tokens[..., 0].numel(), sum(rows * columns for rows, columns in grids)
+    fits = count == expected or (count == expected - 1 and grids[-1] == (1, 1))
+    return _Seen(grids if fits else (), frames=frames, length=expected if fits else count)
 
 
 def _with_sizes_on_host(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -112,9 +119,9 @@ def _attached(features: Sequence[Tensor] | Tensor) -> list[_Seen]:
 
 def note_videos(call: Call, videos: Sequence[Tensor] | Tensor) -> None:
     """Record the token counts and grids of videos in an open call."""
-    lengths, seen = [len(tokens) for tokens in videos], _attached(videos)
-    notes = seen if len(seen) == len(lengths) else [_Seen((), frames=1)] * len(lengths)
-    call.videos = [Visual(length, note.grids, note.frames) for length, note in zip(lengths, notes, strict=True)]
+    seen = _attached(videos)
+    notes = seen if len(seen) == len(videos) else [_of_video(tokens, (), 1) for tokens in videos]
+    call.videos = [Visual(note.length, note.grids, note.frames) for note in notes]
 
 
 def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:

@@ -107,7 +107,9 @@ def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> l
     if batch.video_pixels is None:
         return [images, *deeper]
     videos = self.get_video_features(batch.video_pixels.to(dtype), return_dict=True).pooler_output
-    return [torch.cat([images, *videos])]
+    rows = torch.cat([images, *(tokens.reshape(-1, tokens.shape[-1]) for tokens in videos)])
+    newline = getattr(self, "image_newline", None)
+    return [rows if newline is None else torch.cat([rows, newline.to(rows.dtype).unsqueeze(0)])]
 
 
 def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
