@@ -22,6 +22,7 @@ CLASSES = {
     "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_5": "Qwen3VLVideoProcessor",
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "llava_next_video": "LlavaNextVideoVideoProcessor",
     "internvl": "InternVLVideoProcessor",
@@ -107,7 +108,7 @@ class WordySetup(VideoSetup):
         frames = [
             load_frames(path, range(VIDEOS[n][0]), video_header(path)) for path, n in zip(paths, videos, strict=True)
         ]
-        text = written(texts).replace("<video>", mark)
+        text = written(texts, self.name).replace("<video>", mark)
         return (
             "inputs",
             str(self.folder / "exported"),
