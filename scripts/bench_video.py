@@ -26,7 +26,7 @@ from bench_rows import (
     segment_of,
     training_report,
 )
-from vtprune_train import PyramidDrop
+from vtprune_train import EVS, PyramidDrop
 from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models import HFModule
@@ -34,7 +34,6 @@ from vtprune_train.models.families import qwen2_5_vl
 from vtprune_train.models.families.base import required
 from vtprune_train.models.families.layout import Clip, ImageLayout, SampleImages
 from vtprune_train.models.families.qwen import FRAMES_OF_ANY_SIZE, MergedPatches, image_processor
-from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.base import PruningMethod
 
 FPS, SAMPLED_FPS = 30.0, 2  # of the videos' files, and of the sampled frames
@@ -142,9 +141,11 @@ def make_rows(model: HFModule, samples: VideoSamples, device: torch.device) -> l
     num_layers = config.text_config.num_hidden_layers
     tower = required(qwen2_5_vl.FAMILY.flops, "the video suite")(config)
     cost = TrainingCost(DecoderGeometry.of(config.text_config), tower, True, True)
-    methods: dict[str, PruningMethod | None] = {"dense": None, "pyramiddrop": PyramidDrop(positions="keep")}
-    if "evs" in METHODS:
-        methods["evs"] = method_class("evs")()
+    methods: dict[str, PruningMethod | None] = {
+        "dense": None,
+        "pyramiddrop": PyramidDrop(positions="keep"),
+        "evs": EVS(),
+    }
     vision = samples.vision()
     batches = {
         name: (method, pack_samples(samples.segments, samples.ids, method, num_layers, vision).to(device))

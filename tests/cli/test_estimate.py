@@ -227,7 +227,7 @@ QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
     [
         # 256 tokens of 2 x 2 patches for each pair of frames, and the start and end of the video.
         (QWEN, "63x448x448", 32 * 256, f"{32 * 1024} patches in 32", 2),
-        # Also before each pair "<0.2 seconds>" of 6 tokens (7 from 10 s on: the pairs at 10.2 to 15.2 s), start and end.
+        # Also before each pair "<0.2 seconds>" of 6 tokens (7 from 10 s on: 10.2 to 15.2 s), start and end.
         ("Qwen/Qwen3-VL-8B-Instruct", "32x160x128", 16 * 5 * 4, f"{16 * 80} patches in 16", 2 + 16 * 8 + 6),
         ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "64x640x360", 64 * 14 * 14 + 1, "64 tile(s) in 64", 0),
         # "Frame1: <img>", "</img>" and a newline: 7 tokens, one more from the tenth frame on, no last newline.

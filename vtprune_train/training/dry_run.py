@@ -148,7 +148,8 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max
 
 def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop], cost: TrainingCost) -> str:
     visual = np.array([of.total] if of.frames else of.runs)
-    lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops)
+    frames = np.full(len(visual), of.frames)
+    lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops, frames)
     ratio, decoder, whole = _against_dense(lengths, drops, cost, of)
     stages = " / ".join(str(n) for n in lengths[0])
     return f"{label:>12}{of.tiles:>8}{text:>6}  {stages:<30}{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
@@ -288,7 +289,8 @@ def _largest_micro_batches(
         filled.append((min(of.total, limit), math.ceil(share * of.tiles), math.ceil(share * of.frames)))
     layers, batches = tuple(layers_per_stage(drops, num_layers)), []
     for visual, tiles, steps in filled:
-        lengths = stage_lengths(np.full(count, limit - visual), np.full(count, visual), np.arange(count), drops)
+        text, frames = np.full(count, limit - visual), np.full(count, steps)
+        lengths = stage_lengths(text, np.full(count, visual), np.arange(count), drops, frames)
         tokens = tuple(lengths.sum(axis=0).tolist())
         batches.append((MicroBatch(tokens, layers, count * tiles, count * visual, count * (limit - visual)), steps))
     return batches
@@ -299,9 +301,9 @@ def _worst_micro_batch(
 ) -> list[str]:
     count = _most_samples(config)
     text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
-    lengths = stage_lengths(text, visual, np.arange(count), drops)
-    tiles = np.full(count, batch.tiles // count)
-    flops = cost.sample(lengths, batch.layers, tiles, text, frames=np.full(count, steps)).sum()
+    tiles, frames = np.full(count, batch.tiles // count), np.full(count, steps)
+    lengths = stage_lengths(text, visual, np.arange(count), drops, frames)
+    flops = cost.sample(lengths, batch.layers, tiles, text, frames=frames).sum()
     return [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
         f"({visual[0]} visual, {text[0]} text), {batch.tiles} {layout.unit}"

@@ -68,8 +68,8 @@ def variants(name):
 
 
 def is_refused(name, frames):
-    """Qwen3-VL's processor refuses fewer frames than a step."""
-    return name == "qwen3_vl" and frames < 2
+    """Qwen3-VL's processor, which is also that of Qwen3.5, refuses fewer frames than a step."""
+    return name in ("qwen3_vl", "qwen3_5") and frames < 2
 
 
 PIXELS = [
