@@ -8,8 +8,8 @@
 
 All configurations use the same samples of mixed lengths and the whole LLaVA-NeXT, forward and backward (with --step
 also an AdamW step), in interleaved repeats. Reports the median, min and max, and ratios. The suite ``video`` does the
-same for a Qwen2.5-VL and videos (``bench_video.py``). The suite ``generate`` measures prefill, decoding and cache
-instead (``bench_generate.py``), the ``save`` suite measures how long a checkpoint blocks training (``bench_save.py``).
+same with a small Qwen2.5-VL on videos (``bench_video.py``). The suite ``generate`` measures prefill, decoding and cache
+(``bench_generate.py``), and the suite ``save`` how long a checkpoint blocks training (``bench_save.py``).
 """
 
 from __future__ import annotations

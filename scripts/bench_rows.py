@@ -128,8 +128,8 @@ def repeat(
 
 
 def segment_of(span: ImageSpan, text: int) -> SegmentLayout:
-    """Build one sample: a text token, the image or video, which starts at 1, a question (a third of the text) and a
-    supervised answer."""
+    """Build one sample: a text token, the image or video (which must start at 1), a question (a third of the text) and
+    a supervised answer."""
     question = max(4, text // 3)
     length = text + span.length
     first = question + span.length
@@ -194,8 +194,8 @@ def rows_of(
     cost: TrainingCost,
     vision_flops: float,
 ) -> list[Row]:
-    """The padded transformers model and the packed ``batches``, with the FLOPs of forward and backward.
-    ``vision_flops``: of tower and projector."""
+    """The rows of the padded transformers model and of the packed ``batches``, with their forward and backward FLOPs.
+    ``vision_flops``: FLOPs of tower and projector."""
 
     def padded_loss() -> torch.Tensor:
         return model(**padded, use_cache=False).loss

@@ -1,7 +1,7 @@
 """The video suite of ``bench.py``: a training step on videos of 64 frames.
 
-A small Qwen2.5-VL with random weights runs forward and backward on videos of several resolutions (so that they differ
-in length): transformers with padding, and packed without dropping, with PyramidDrop and with EVS.
+A small Qwen2.5-VL with random weights runs forward and backward on videos of several resolutions, so that samples
+differ in length: padded in transformers, and packed without dropping, with PyramidDrop and with EVS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vtprune_train.models.families.layout import Clip, ImageLayout, SampleImages
 from vtprune_train.models.families.qwen import FRAMES_OF_ANY_SIZE, MergedPatches, image_processor
 from vtprune_train.pruning.base import PruningMethod
 
-FPS, SAMPLED_FPS = 30.0, 2  # of the videos' files, and of the sampled frames
+FPS, SAMPLED_FPS = 30.0, 2  # frames per second of the files, and of the sampled frames
 TOKENS = {"image_token_id": 0, "video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3}
 # Frames are multiples of 28 pixels, so they are not resized.
 SETTINGS = dataclasses.replace(FRAMES_OF_ANY_SIZE, size=(("longest_edge", 768 * 28 * 28), ("shortest_edge", 28 * 28)))
@@ -91,7 +91,7 @@ GEOMETRIES = {
 
 @dataclass
 class VideoSamples:
-    """The samples, packed and padded: segments, token ids, and each sample's video."""
+    """The samples: segments, token ids, and each sample's video."""
 
     layout: ImageLayout
     segments: list[SegmentLayout]

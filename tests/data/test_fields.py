@@ -12,7 +12,7 @@ from datasets import Dataset
 from tests.support.data import build, image_bytes, say, write_tar
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.index import Source
-from vtprune_train.data.records import normalize, read_records
+from vtprune_train.data.records import Video, normalize, read_records
 from vtprune_train.evaluation.questions import read_questions
 
 TALK = {"conversations": say("what happens ?", "it rains")}
@@ -104,6 +104,16 @@ REFUSED_TURNS = [
     (with_content({"type": "video_url", "video_url": {"url": "http://x/a.mp4"}}), "'http://x/a.mp4' is not a local"),
     (with_content({"type": "video", "video": "a.mp4", "start": 3, "end": 2}), "ends at 2.0 s, before its start at 3.0"),
     (with_content({"type": "video", "video": "a.mp4", "end": "2"}), "end='2' of a video is not a number of seconds"),
+    (with_content({"type": "video", "video": "a.mp4", "start": 3, "video_start": 2}), "also start=3; remove"),
+    (with_content({"type": "video", "video": {"path": "a.mp4", "end": 3}, "end": 2}), "end=3 and end=2; remove one"),
+    (with_content({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}}), "has path and url; write"),
+    (with_content({"type": "video", "video": "a.mp4", "fps": 1}), "fps=1 of video 'a.mp4': `fps` is the rate of"),
+    (with_content({"type": "video", "video": "a.mp4", "nframes": 8}), "nframes=8; set data.video.num_frames"),
+    (with_content({"type": "video", "video": {"path": "a.mp4", "max_pixels": 9}}), "=9; set data.video.max_pixels"),
+    (with_content({"type": "video", "index": 1}, {"type": "video", "index": 2}), "[1, 2], but there are 0 videos"),
+    ({**with_content({"type": "video"}, {"type": "video"}), "videos": ["a.mp4", "b.mp4"], "start": 1}, "one of its 2"),
+    ({**with_content({"type": "video", "video": "a.mp4", "start": 2}), "start": 1}, "the record has start=1"),
+    ({**with_content({"type": "video", "video": "a.mp4"}), "start_time": "00:03"}, "start_time='00:03' of a video"),
     (with_content({"type": "video", "video": "a.mp4"}, {"type": "video"}), "only 1 of their parts contain a video"),
     ({**with_content({"type": "video", "video": "a.mp4"}), "videos": ["b.mp4"]}, "in the parts of its turns differ"),
     (with_content({"type": "input_audio", "input_audio": {"data": "UklG"}}), "'input_audio'"),
@@ -163,6 +173,25 @@ def test_places_in_the_image_that_no_placeholder_asks_for_are_not_read():
     places["object_masks"] = places["object_mask"] = [{"size": [9, 9], "counts": "x"}]
     read = normalize({**TALK, **places}, "x")
     assert not read.error and read.unread == set(places)
+
+
+def test_times_and_order_of_videos():
+    """Times in the value of a video, in its part of a message, or in the record; the order of indices."""
+    asked = {"conversations": say("<video> what ?", "it rains")}
+    for record in (
+        {**asked, "video": {"path": "a.mp4", "start": 2, "end": 9.5}},
+        {**asked, "video": "a.mp4", "start": 2, "end": 9.5},
+        {**asked, "videos": ["a.mp4"], "start_time": 2.0, "video_end": 9.5, "fps": None},
+        with_content({"type": "video", "video": "a.mp4", "start": 2, "video_end": 9.5}),
+    ):
+        conversation = normalize(record, "x")
+        assert not conversation.error and conversation.videos == (Video("a.mp4", 2.0, 9.5),), record
+    assert normalize({**asked, "video": "frames", "fps": 4}, "x").videos == (Video("frames", fps=4.0),)
+    file = with_content({"type": "video", "video": "a.mp4", "fps": 1, "start": 3})
+    assert normalize(file, "x", ["fps"]).videos == (Video("a.mp4", 3.0),)
+    two = with_content({"type": "video", "index": 1}, {"type": "video", "index": 0})
+    conversation = normalize({**two, "videos": ["a.mp4", "b.mp4"]}, "x")
+    assert [video.file for video in conversation.videos] == ["b.mp4", "a.mp4"]
 
 
 def test_a_number_is_no_video():

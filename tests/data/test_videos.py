@@ -52,6 +52,7 @@ def reason(source, indices=(0,), header=None, **options):
 COUNTS = {
     "h264.mp4": 30, "vp9.webm": 30, "variable.mp4": 15, "variable.mkv": 15, "open_gop.mp4": 30, "refresh.ts": 30,
     "fragments.mp4": 30, "ten_bits.mkv": 4, "animation.gif": 12, "animation.apng": 4, "packed.avi": 30,
+    "reordered.avi": 30,
     "with_audio.mp4": 30, "rotated.mp4": 30, "edited.mp4": 24, "late.mkv": 30, "stream.ts": 30, "stream.h264": 30,
     "index_first.mp4": 30, "joined.ts": 20, "joined_open.ts": 20, "interlaced.ts": 30, "hidden.webm": 30,
 }  # fmt: skip
@@ -60,7 +61,8 @@ COUNTS = {
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", COUNTS)
 def test_frames_equal_those_of_ffmpeg(videos, kind):
-    """All of them, and few: B-frames, open GOPs, edit lists, times that are variable, start late, or are absent."""
+    """All of them, and few: B-frames, open GOPs, edit lists, times that are variable, start late, or are absent, or are
+    those of decoding (AVI)."""
     path = videos[kind]
     header = video_header(path)
     reference = reference_frames(path, header.height, header.width)
@@ -170,6 +172,49 @@ def test_frames_are_counted_if_times_repeat():
     assert timeline.times == [] and timeline.frames == [0, 1, 2, 3] and timeline.runs([2]) == [(0, 3)]
 
 
+def test_parts_follow_the_times_of_the_frames(tmp_path):
+    """20 frames per second, then one per second; those of MP4 are in its index, others are those of the packets."""
+    times, options = [*range(20), *range(20, 101, 20)], {"bf": "0"}
+    for kind in ("mp4", "mkv"):
+        path = write_video(tmp_path / f"a.{kind}", moving_frames(len(times)), fps=20, times=times, options=options)
+        header = video_header(path, times=True)
+        assert header.times == pytest.approx([time / 20 for time in times], abs=1e-3), kind
+        assert (
+            header.part(1, 3) == (20, 22) and header.part(0.5, None) == (10, 24) and header.part(None, 0.9) == (0, 18)
+        )
+        with pytest.raises(
+            ValueError, match=r"no frame lies between start=3.2 and end=3.8; the video has 25 frames in"
+        ):
+            header.part(3.2, 3.8)
+        with pytest.raises(ValueError, match="no frame lies between start=9 and end=None"):
+            header.part(9, None)
+        assert np.array_equal(load_frames(path, range(25), header), all_frames(path))
+    for name, fps in (("b.mp4", 30000 / 1001), ("b.mkv", 30000 / 1001)):
+        path = write_video(tmp_path / name, moving_frames(20), fps=fps, options={"bf": "3"})
+        header = video_header(path, times=True)
+        assert header.times is None and header.part(3 / header.fps, 0.5) == (3, 14), name
+
+
+def test_a_change_of_the_frame_size_is_no_change_of_the_file(tmp_path):
+    streams = [
+        write_video(tmp_path / f"{number}.h264", moving_frames(10, size), options={"bf": "0"}).read_bytes()
+        for number, size in enumerate((SIZE, (SIZE[0], 2 * SIZE[1])))
+    ]
+    content = b"".join(streams)
+    header = video_header(content)
+    assert header.frames == 20 and load_frames(content, [0, 9], header).shape == (2, *SIZE, 3)
+    expected = "frame 10 is 48 x 128, but the first frame is 48 x 64; encode the video again with one size"
+    assert reason(content, [10]) == expected
+
+
+def test_frames_are_resized_while_they_are_decoded(h264, tmp_path):
+    path, frames = h264
+    folder = folder_of(tmp_path / "a", ["1.png", "2.png"])
+    half = load_frames(path, [7, 2, 7], video_header(path), resize=lambda frame: frame[::2, ::2])
+    assert np.array_equal(half, frames[[7, 2, 7]][:, ::2, ::2])
+    assert load_frames(folder, [1, 0], video_header(folder), resize=lambda frame: frame[:9]).shape == (2, 9, SIZE[1], 3)
+
+
 def folder_of(path, names, sizes=None):
     path.mkdir(exist_ok=True)
     for place, name in enumerate(names):
@@ -198,7 +243,7 @@ def test_folders_that_are_refused(tmp_path):
     (folder / "2.png").write_bytes(b"")
     assert reason(folder, [1]) == "frame 1 (2.png): the file is empty"
     (folder / "2.png").unlink()
-    assert reason(folder, header=header) == "it has 2 frames, but had 3 when the data was indexed"
+    assert reason(folder, header=header) == "it has 2 frames, but had 3 when its header was read"
     (tmp_path / "empty").mkdir()
     assert reason(tmp_path / "empty").startswith("a folder without images (.avif, .bmp")
     assert reason(folder, max_pixels=100).startswith("frame 0 (1.png): more pixels than")
@@ -296,8 +341,8 @@ def test_a_frame_that_cannot_be_decoded_is_named(h264):
 def test_a_changed_video_is_named(h264, tmp_path):
     path, _ = h264
     header = video_header(path)
-    for change in ({"frames": 31}, {"fps": 12.0}, {"height": 50}):
-        with pytest.raises(ChangedVideo, match=r"when the data was indexed"):
+    for change in ({"frames": 31}, {"fps": 12.0}):
+        with pytest.raises(ChangedVideo, match=r"when its header was read"):
             load_frames(path, [0], VideoHeader(**{**vars(header), **change}), name="x")
     assert issubclass(ChangedVideo, ChangedImage) and issubclass(UnreadableVideo, UnreadableImage)
     with pytest.raises(IndexError, match="x: frame 30 of a video with 30 frames"):

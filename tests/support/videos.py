@@ -27,6 +27,7 @@ _COMMANDS = {
     "ten_bits.mkv": (*_SOURCE, "-c:v", "ffv1", "-pix_fmt", "yuv420p10le", "-frames:v", "4"),
     "animation.gif": (*_SOURCE, "-frames:v", "12"),
     "animation.apng": (*_SOURCE, "-frames:v", "4", "-f", "apng"),
+    "reordered.avi": (*_SOURCE, *_H264, "-bf", "3"),
     "packed.avi": (*_SOURCE, "-c:v", "mpeg4", "-bf", "2", "-g", "10"),
     "with_audio.mp4": (*_SOURCE, "-f", "lavfi", "-i", "sine", "-t", "3", *_H264, "-c:a", "aac"),
     "audio.m4a": ("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac"),

@@ -91,7 +91,7 @@ class ImageTokens:
         return 0 if self.visual is None else self.visual.frames
 
     def spans(self, start: int) -> list[ImageSpan]:
-        """Its spans, the first of which starts at ``start``."""
+        """The spans of this image or video; the first one starts at ``start``."""
         if self.visual is None or self.visual.frames:
             return [ImageSpan(start, self.tokens, () if self.visual is None else self.visual.grids, self.frames)]
         runs, grids = self.visual.runs, self.visual.grids  # each frame is an image
@@ -370,7 +370,7 @@ def images_of_sample(
         resolutions: ``(width, height)`` in pixels.
         visual_tokens: token counts instead of sizes; multiples of a tile's patches count as whole tiles.
         images: result of :func:`images_of`; by default without an image processor.
-        clips: its videos; ``images`` then is a layout with videos.
+        clips: the videos of the sample; ``images`` must then be a layout with videos.
 
     Raises:
         ValueError: the visual tokens of this family cannot be computed from a size.

@@ -15,7 +15,7 @@ from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.processors import build_image_processor, saved_video_settings
 
 TYPICAL_FPS = 2.0  # sampled frames per second, if a family samples a number of frames
-MOST_TOKENS = 10**6  # of a video; planning takes memory for each
+MOST_TOKENS = 10**6  # of a video; planning needs memory for each token
 
 
 class VideoSize(NamedTuple):
@@ -33,7 +33,7 @@ def with_videos(
     changes: Mapping[str, Any] | None = None,
     max_pixels: int | None = None,
 ) -> ImageLayout:
-    """The layout of a model's images, which takes videos.
+    """A copy of the layout of a model's images that also supports videos.
 
     Args:
         config: the model's config.
@@ -58,7 +58,7 @@ def with_videos(
 
 
 def clip_of(layout: ImageLayout, size: VideoSize) -> Clip:
-    """A video all of whose frames are used, at the rate at which the layout samples.
+    """A video whose frames are all used, at the frame rate that the layout samples.
 
     Raises:
         ValueError: it has more than :data:`MOST_TOKENS` visual tokens, or the family refuses its size.

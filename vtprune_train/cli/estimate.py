@@ -180,7 +180,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _video(text: Any) -> VideoSize | Path:
-    """Frames and their size, or a video on this machine."""
+    """The number of frames and their size, or the path of a video."""
     if match := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text):
         return VideoSize(*map(int, match.groups()))
     if not Path(text).exists():

@@ -30,19 +30,22 @@ class PromptConfig(Section):
 
 
 class VideoConfig(Section):
-    """Which frames of a video are used; null keeps the value of the checkpoint's video processor, or the family's."""
+    """Which frames of a video are used. null means the value of the checkpoint's video processor, or the family's."""
 
-    fps: float | None = Field(None, gt=0, le=1000, description="Frames per second that are sampled.")
+    fps: float | None = Field(None, gt=0, le=1000, description="Sampled frames per second.")
     num_frames: int | None = Field(
-        None, ge=1, le=100_000, description="Number of frames of every video, instead of `data.video.fps`."
+        None,
+        ge=1,
+        le=100_000,
+        description="Number of sampled frames per video, instead of `data.video.fps`. Shorter videos are used whole.",
     )
     min_frames: int | None = Field(None, ge=1, description="Minimum number of frames with `data.video.fps`.")
     max_frames: int | None = Field(None, ge=1, description="Maximum number of frames with `data.video.fps`.")
     max_pixels: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of pixels after resizing, in families with images of any size. In Qwen2-VL and "
-        "Qwen2.5-VL of each frame, in Qwen3-VL and Qwen3.5 of all frames together.",
+        description="Maximum number of pixels after resizing: of each frame in Qwen2-VL and Qwen2.5-VL, of all frames "
+        "together in Qwen3-VL and Qwen3.5. An error in families with a fixed frame size.",
     )
 
     @model_validator(mode="after")
@@ -67,8 +70,8 @@ class SourceConfig(Section):
     )
     videos: str | None = Field(
         None,
-        description="Folder that video paths in records are relative to; itself relative to `data.root`. null makes "
-        "records with videos unusable.",
+        description="Folder that video paths in records are relative to; itself relative to `data.root`. With null, "
+        "records with videos cannot be used.",
     )
     take: str = Field(
         "all", description="Samples to use: all, first:N or random:N. `random` draws with the seed of the run."
@@ -157,7 +160,8 @@ class DataConfig(Section):
     max_image_pixels: int = Field(
         89_478_485,
         ge=1,
-        description="Images, and videos whose frames have more pixels, are not read; the default is Pillow's limit.",
+        description="Maximum number of pixels of an image or a video frame; larger ones are not read. The default is "
+        "Pillow's limit.",
     )
     video: VideoConfig = Field(VideoConfig(), description="Which frames of videos are used.")
     max_record_bytes: int = Field(

@@ -126,7 +126,7 @@ class PruningConfig(Section):
         return method_from_settings(self.settings)
 
     def fit(self, text_config: Any) -> None:
-        """Move default drop points to layers that attend, in a decoder in which not all do (Qwen3.5)."""
+        """In a decoder with linear attention layers (Qwen3.5), move default drop points to layers with attention."""
         from vtprune_train.pruning.attending import fitted
 
         if (method := self.build()) is not None and (moved := fitted(method, text_config)) is not method:

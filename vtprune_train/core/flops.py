@@ -61,8 +61,8 @@ class LinearAttention:
 
     @property
     def projected(self) -> dict[str, int]:
-        """The projections, and the size that is not the hidden size: queries, keys and values; gate; rate; decay;
-        output."""
+        """The name of each projection, and its size other than the hidden size. In order: queries, keys and values;
+        gate; beta; decay; output."""
         value = self.value_heads * self.value_dim
         sizes = self.channels, value, self.value_heads, self.value_heads, value
         return dict(zip(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), sizes, strict=True))
@@ -81,8 +81,8 @@ class DecoderGeometry:
     """Dimensions of a decoder with gated MLP and grouped-query attention.
 
     With experts, ``intermediate`` is the width of all MLPs that a token uses, and ``router`` the number of routing
-    scores. ``gated``: queries are projected together with a gate of the output. ``linear``: sizes of the layers that
-    are not in ``attending``; ``None`` if all layers attend.
+    scores. ``gated``: queries are projected together with a gate of the output. ``attending``: the layers with
+    attention; ``linear``: sizes of all other layers, ``None`` if there are none.
     """
 
     num_layers: int
@@ -99,10 +99,10 @@ class DecoderGeometry:
 
     @classmethod
     def of(cls, config) -> DecoderGeometry:
-        """Read a Llama-like text config, also with experts of one size or with layers of linear attention.
+        """Read a Llama-like text config, optionally with experts of one size or linear attention layers.
 
         Raises:
-            ValueError: a size is missing, or the MLP is another mixture of experts.
+            ValueError: a size is missing, or the MLP is an unsupported mixture of experts.
         """
         sizes: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
         sizes += () if _counts_experts(config) else ("intermediate_size",)
@@ -129,7 +129,7 @@ class DecoderGeometry:
             head_dim,
             config.vocab_size,
             router,
-            # Attention next to layers with a gated delta rule has a gate, too.
+            # In decoders with gated delta rule layers, attention is gated too.
             gated=hasattr(config, "linear_num_value_heads") and getattr(config, "attn_output_gate", True),
             linear=None if attending is None else _linear(config),
             attending=attending or (),
@@ -170,7 +170,7 @@ class DecoderGeometry:
         return 2.0 * rank * sum(shares.get(name, 1.0) * (self.hidden + other[name]) for name in targets)
 
     def split(self, layers_per_stage: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """[stages] number of layers that attend, and of those with linear attention, in each stage."""
+        """[stages] number of layers with attention, and of layers with linear attention, in each stage."""
         layers = np.asarray(layers_per_stage)
         if self.linear is None:
             return layers, np.zeros_like(layers)
@@ -214,7 +214,7 @@ class DecoderGeometry:
         return projections + 2.0 * query * scored_tokens
 
 
-# Of mixtures of experts that are built in another way.
+# Config keys of mixtures of experts with another structure, which are not counted.
 OTHER_EXPERTS = ("n_routed_experts", "n_shared_experts", "num_shared_experts", "first_k_dense_replace")
 
 
@@ -375,7 +375,7 @@ class TrainingCost:
     ) -> np.ndarray:
         """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples]. ``tiles`` [images] is
         the number of tiles of each image, ``sample_of_tiles`` [images] the sample it belongs to (default: each sample
-        has one image), and ``frames`` see :meth:`vision`."""
+        has one image). ``frames``: see :meth:`vision`."""
         vision = self.vision(tiles, frames)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
@@ -439,7 +439,7 @@ def stage_lengths(
 
 
 def _span(length: int, steps: int) -> ImageSpan:
-    """A span of this many tokens; the tokens that do not fill a step are newlines."""
+    """A span of this many tokens. Tokens that remain after dividing them into equal steps are newlines."""
     per_step, newlines = divmod(length, max(steps, 1))
     return ImageSpan(0, length, ((1, per_step),) * steps + ((1, 1),) * newlines if steps else (), steps)
 

@@ -1,7 +1,7 @@
 """Rows of a packed batch in which text stands between the tokens of a video, computed on the device.
 
-The number of tokens in each stage is planned as for any batch. How many of a video's kept tokens come before a text
-between its frames depends on the choice, so these rows cannot be planned. Nothing is read from the device.
+The number of tokens in each stage is planned as for any batch. The row of a text between two frames is not: it depends
+on how many tokens of the earlier frames are kept. Nothing is read from the device.
 
 Shape suffixes: T tokens in the stream, V visual tokens, K kept visual tokens.
 """
@@ -34,8 +34,8 @@ def locate(boundary: Boundary, rows: Rows) -> Boundary:
 
 
 def advance(boundary: Boundary, text_origin: Tensor, kept_origin: Tensor) -> tuple[Boundary, Rows]:
-    """Order the tokens of the next stage by their rows in the first stage; the visual tokens stay in the order of the
-    selection, whatever else is in the batch: a merged token after the kept ones of its image or video.
+    """Order the tokens of the next stage by their rows in the first stage. Visual tokens stay in the order of the
+    selection: a merged token follows the kept tokens of its image or video.
 
     Args:
         boundary: a drop point.

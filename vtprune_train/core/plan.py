@@ -44,7 +44,7 @@ def counts_per_stage(
         drops: in the order in which they act.
         lengths: [spans] token counts before the first drop.
         measured: actual counts after the first drops, if already known.
-        spans: the spans, if known; without them, drops that tell videos from images count every span as a long video.
+        spans: the spans, if known. Without them, drops that treat videos differently count every span as a long video.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
     found: dict[int, np.ndarray] = {}
@@ -127,9 +127,9 @@ def plan_stream(
 
 
 def divided(segments: Sequence[SegmentLayout], per: str, chooses_keys: bool) -> Sequence[SegmentLayout]:
-    """Divide videos into the spans that a method's keep ratios apply to: their steps in time with ``per`` = ``frame``.
-    Methods that remove keys from the cache always divide videos with text between the frames, because the rows of this
-    text must be known."""
+    """Divide videos into the spans that a method's keep ratios apply to: with ``per`` = ``frame``, their steps in time.
+    For methods that remove keys from the cache, videos with text between the frames are always divided, because the
+    rows of this text must be known."""
     if not any(span.frames for segment in segments for span in segment.spans):
         return segments
 

@@ -61,8 +61,8 @@ class ImageSpan:
         return dataclasses.replace(self, start=self.start + by, runs=runs)
 
     def steps(self) -> tuple[ImageSpan, ...]:
-        """A video's steps in time as spans of their own, with newline tokens in the last one; an image unchanged. The
-        runs of a video whose grids are unknown are its steps."""
+        """A video divided into one span for each step in time, with newline tokens in the last one; an image unchanged.
+        If the grids of a video are unknown, its runs are its steps."""
         if not self.frames:
             return (self,)
         sizes = [rows * columns for rows, columns in self.grids]
@@ -150,7 +150,7 @@ class Drop:
         return length if self.returns else floor_of(self.keep, length)
 
     def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
-        """Like :meth:`kept`, if the span itself is known: methods for videos count by its steps in time."""
+        """Like :meth:`kept`, for a known span; methods for videos count by its steps in time."""
         return self.kept(length, before)
 
 
@@ -236,7 +236,7 @@ class Boundary:
         uniform: [V] float32, scores that select evenly spaced tokens, with NaN for tokens ranked by the method;
             ``None`` if no segment needs them.
         scored_shift: [V] int64, difference between ``visual_in_scored`` and ``visual_rows``, if text stands between the
-            tokens of a video. How much of such a text's row changes at a drop depends on the choice, so the decoder
+            tokens of a video. The rows of such a text depend on which visual tokens are kept, so the decoder
             computes ``text_rows``, ``visual_rows``, ``visual_in_scored``, ``next_order`` and ``next_visual_rows`` on
             the device (:func:`vtprune_train.core.interleaved.locate`); their lengths are those planned here. ``None``
             if all rows are known on the host.
@@ -328,9 +328,9 @@ class PackedBatch:
         positions: [parts, T] int64 multi-dimensional position ids (M-RoPE) that are never renumbered; ``None`` if
             positions are plain token indices per segment.
         teacher: the pruned teacher pass of a full-token step; otherwise ``None``.
-        video_pixels: [1, frames, 3, height, width] float32, the frames of all videos in families whose videos have
-            features of their own, which are indexed after those of the images; one blank frame if no sample has a
-            video. ``None`` if the run has no videos or the family treats them like images.
+        video_pixels: [1, frames, 3, height, width] float32, the frames of all videos, in families that compute video
+            features separately; these are indexed after those of the images. One blank frame if no sample has a video.
+            ``None`` if the run has no videos or the family treats them like images.
     """
 
     input_ids: Tensor

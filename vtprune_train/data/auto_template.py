@@ -1,8 +1,8 @@
-"""Formats conversations by the chat template of a checkpoint (``data.template: auto``) and locates their answers.
+"""Formats conversations with the chat template of a checkpoint (``data.template: auto``) and locates their answers.
 
 The text is that of ``processor.apply_chat_template``. If the template marks generated text (``{% generation %}``), the
-answers are what it marks. Otherwise an answer starts where the prompt of its earlier turns ends, and ends with the
-token that ends its turn; both are found by formatting parts of the conversation, and compared with the whole.
+answers are the marked text. Otherwise an answer starts where the prompt of its earlier turns ends, and ends with the
+token that ends its turn. Both are found by formatting parts of the conversation and checked against the whole text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_ANSWERS = 256  # formatting a conversation takes time quadratic in its answ
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 NO_PREFIXES: Mapping[int, str] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_LEFT, _RIGHT = "\ue000", "\ue001"  # private use: around a probe, whose place is looked for
+_LEFT, _RIGHT = "\ue000", "\ue001"  # private-use characters around a probe that is searched for in the output
 _PROBE = f"{_LEFT}a{_RIGHT}"
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -40,8 +40,8 @@ class AutoTemplate:
         source: its Jinja source.
         tokenizer: gives the template its special tokens.
         place: the folder or hub id of the checkpoint, for messages.
-        image_token: what the template writes for an image, possibly with text around it.
-        video_token: what the template writes for a video; ``<video>`` if empty.
+        image_token: the token that the template writes for an image, possibly with text around it.
+        video_token: the token that the template writes for a video; ``<video>`` if empty.
 
     Raises:
         ValueError: the template writes the current date, or does not write messages or images.
@@ -68,7 +68,7 @@ class AutoTemplate:
         return f"the chat template of {self.place}"
 
     def __repr__(self) -> str:
-        """Identifies cached lengths."""
+        """Part of the key of cached lengths."""
         return f"AutoTemplate({self.source!r}, {self.content}, {self.tokens})"
 
     @cached_property
@@ -105,7 +105,7 @@ class AutoTemplate:
             The text, the offsets ``[start, end, start, end, ...]`` of its answers, and ``visuals``.
 
         Raises:
-            ValueError: the template refuses the conversation, changes the text of a prompt, leaves out or moves an
+            ValueError: the template rejects the conversation, changes the text of a prompt, leaves out or moves an
                 image, or the answers cannot be located exactly.
         """
         spoken, prefixes = joined([turn for turn in turns if turn.role != TOOLS])
@@ -165,9 +165,9 @@ class AutoTemplate:
     def _end(
         self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str, start: int, prefix: str
     ) -> int:
-        """Where an answer ends. Usually ``text`` begins with the conversation up to the answer. A template that omits
-        the reasoning of earlier answers, or that ends the last one differently, writes it in another way there; then
-        the text after the answer is found by writing a probe in its place."""
+        """Where an answer ends. Usually ``text`` begins with the conversation up to the answer. This is not so if the
+        template omits the reasoning of earlier answers or ends the last answer differently; then the text after the
+        answer is located by formatting the conversation with a probe instead of the answer."""
         up_to = self._text(messages[: number + 1], tools, False).rstrip()
         if text.startswith(up_to):
             return max(start, len(up_to))
@@ -202,8 +202,8 @@ class AutoTemplate:
     def _filled(
         self, text: str, places: list[int], kinds: Sequence[str], visuals: Sequence[str]
     ) -> tuple[str, list[int], list[str]]:
-        """Replace what the template writes for images and videos by ``visuals``. Like the family's processor, only
-        replace the token, unless a visual repeats the text that the template writes around it."""
+        """Replace the tokens of images and videos by ``visuals``. Like the family's processor, only replace the token,
+        unless ``visuals`` repeat the text that the template writes around it."""
         token_of = {kind: self.tokens[kind] for kind in (IMAGE, *kinds)}
         pattern = re.compile("|".join(map(re.escape, sorted(token_of.values(), key=len, reverse=True))))
         found = list(pattern.finditer(text))
@@ -255,7 +255,7 @@ class AutoTemplate:
         return before.rpartition(_LEFT)[2], after.partition(_RIGHT)[0]
 
     def _check_fields(self, turns: Sequence[Turn], tools: Any) -> None:
-        """Refuse what the template would leave out silently."""
+        """Reject fields that the template would leave out silently."""
         used = {name for turn in turns if turn.fields for name in json.loads(turn.fields)} & {
             "tool_calls",
             REASONING[0],

@@ -274,7 +274,7 @@ class ChatEncoder:
         visuals: Sequence[Sequence[str] | None] | None = None,
     ) -> list[tuple[int, int] | ValueError]:
         """Number of text tokens and of supervised tokens of each conversation, as in :meth:`encode`, or the error of a
-        conversation that :meth:`encode` refuses. A conversation whose formatted text exceeds ``max_bytes`` is an error
+        conversation that :meth:`encode` rejects. A conversation whose formatted text exceeds ``max_bytes`` is an error
         and is not tokenized. All others are tokenized in one call, which is several times faster. ``visuals`` has an
         entry for each conversation."""
         texts = [None] * len(conversations) if visuals is None else visuals

@@ -163,10 +163,9 @@ def check_fields(
 
 
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool, has_videos: bool = False) -> None:
-    """Refuse placeholders in a prompt for anything but images and videos (``<bbox>`` refers to the record's
+    """Reject placeholders in a prompt for anything but images and videos (``<bbox>`` refers to the record's
     ``objects``), ``<video>`` in a record without videos, and image placeholders other than ``<image>`` in a record
-    without images. Markers with a closing tag (``<video>``,
-    ``<picture>``) are HTML and are accepted.
+    without images. Markers with a closing tag (``<video>``, ``<picture>``) are HTML and are accepted.
 
     Raises:
         ValueError: there is such a placeholder; the message names it.

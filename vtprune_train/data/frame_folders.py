@@ -11,6 +11,7 @@ import numpy as np
 
 from vtprune_train.data.images import TOO_MANY_FILES, ChangedImage, UnreadableImage, image_size, load_image
 from vtprune_train.data.video_errors import ChangedVideo, UnreadableVideo
+from vtprune_train.data.video_files import Resize
 from vtprune_train.models.families.layout import VideoHeader
 
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -24,20 +25,30 @@ def folder_header(folder: Path | tuple[Path, ...], *, fps: float, max_pixels: in
 
 
 def folder_frames(
-    folder: Path | tuple[Path, ...], indices: Sequence[int], header: VideoHeader, *, max_pixels: int, name: str
+    folder: Path | tuple[Path, ...],
+    indices: Sequence[int],
+    header: VideoHeader,
+    *,
+    max_pixels: int,
+    name: str,
+    resize: Resize | None = None,
 ) -> np.ndarray:
     """See :func:`~vtprune_train.data.videos.load_frames`. Images of different sizes raise
     :class:`~vtprune_train.data.videos.UnreadableVideo`."""
     files = _frames(folder, name)
     if len(files) != header.frames:
-        raise ChangedVideo(name, f"it has {len(files)} frames, but had {header.frames} when the data was indexed")
+        raise ChangedVideo(name, f"it has {len(files)} frames, but had {header.frames} when its header was read")
     size = (header.height, header.width)
     if (first := _first_size(files, max_pixels, name)) != size:
-        raise ChangedVideo(name, f"its first frame is {first}, but was {size} when the data was indexed")
-    frames = np.empty((len(indices), *size, 3), dtype=np.uint8)
+        raise ChangedVideo(name, f"its first frame is {first}, but was {size} when its header was read")
+    frames = np.empty((0, *size, 3), dtype=np.uint8)
     for place, index in enumerate(indices):
         with _frame_errors(name, index, files[index]):
-            frames[place] = np.asarray(load_image(files[index], size, max_pixels=max_pixels))
+            frame = np.array(load_image(files[index], size, max_pixels=max_pixels))
+        frame = frame if resize is None else resize(frame)
+        if not len(frames):
+            frames = np.empty((len(indices), *frame.shape), dtype=np.uint8)
+        frames[place] = frame
     return frames
 
 

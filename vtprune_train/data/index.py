@@ -23,7 +23,7 @@ import numpy as np
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
-from vtprune_train.data.images import MAX_PIXELS
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE
 from vtprune_train.data.measure import Measure
 from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
@@ -31,6 +31,7 @@ from vtprune_train.data.selection import NAMED, Selection, select
 from vtprune_train.data.sources import find_files
 from vtprune_train.data.sources.base import BOUNDS, Bounds
 from vtprune_train.data.table import open_table
+from vtprune_train.data.video_errors import ChangedVideo
 from vtprune_train.data.visuals import VisualFile
 from vtprune_train.files.disk import locked
 from vtprune_train.models.families.layout import ImageLayout, Visual
@@ -163,7 +164,7 @@ class SampleIndex:
         return record.files(source.images, source.videos or source.images)
 
     def visuals(self, sample: int, files: Sequence[VisualFile], layout: ImageLayout, max_pixels: int) -> list[Visual]:
-        """The size in the index of each image of a sample, and the sampled frames of each video.
+        """The indexed size of each image of a sample, and the sampled frames of each video.
 
         Args:
             files: see :meth:`files`.
@@ -176,14 +177,19 @@ class SampleIndex:
         source, row = self.locate(sample)
         table = self.selections[source].table
         spans = table.spans(row)
-        values = [table.column(name)[spans].tolist() for name in ("height", "width", "frames")]
+        values = [table.column(name)[spans].tolist() for name in ("height", "width", "tokens", "frames")]
         visuals: list[Visual] = []
-        for file, height, width, frames in zip(files, *values, strict=True):
-            if file.is_video:
-                visuals.append(file.visual(layout, max_pixels))
-                file.check(visuals[-1], height, width, frames, layout)
-            else:
+        for file, height, width, tokens, steps in zip(files, *values, strict=True):
+            if not file.is_video:
                 visuals.append((height, width))
+                continue
+            try:
+                visuals.append(file.visual(layout, max_pixels))
+            except UNREADABLE:
+                raise
+            except ValueError as error:
+                raise ChangedVideo(file.name, f"{error}; it could be used when the data was indexed") from error
+            file.check(visuals[-1], height, width, tokens, steps, layout)
         return visuals
 
     def _check_files(self) -> None:

@@ -38,8 +38,8 @@ def chat_template(
         token: the image token.
         spaces_unless: insert a space before each text between images, unless it starts with one of these
             (``data.tokenization: llava``); ``None`` for no spaces.
-        video: the text of a video, and in it the token that the family's processor expands; empty for a family without
-            videos. Content may then have this token, or parts of type ``video``.
+        video: the text of a video, and the token in it that the family's processor expands; empty for a family without
+            videos. If set, content may contain this token, or parts of type ``video``.
     """
     image, written = json.dumps(IMAGE), placeholder.replace(IMAGE, token)
     clip = json.dumps(video[1])
@@ -120,8 +120,8 @@ def _with_spaces(image: str, unless: Sequence[str], video: str) -> str:
 
 
 def video_text(tokenizer: PreTrainedTokenizerBase, loop: Loop) -> tuple[str, str]:
-    """The text that a chat template writes for a video, and in it the token that the family's processor expands; empty
-    if the family, or this tokenizer, has no videos."""
+    """The text that a chat template writes for a video, and the token in it that the family's processor expands; empty
+    if the family or this tokenizer does not support videos."""
     token: str = loop.video_token or getattr(tokenizer, "video_token", "")
     if isinstance(loop.videos, Lacks) or not token or (loop.video_token and token not in tokenizer.get_vocab()):
         return "", ""

@@ -135,6 +135,8 @@ class Measure:
                 # Reserve rows for its images and videos, to be filled in once they can be read.
                 blank = [(0,) * len(SPAN_COLUMNS)] * len(files)
                 return Measured(state=NO_IMAGE, spans=blank, error=f"{file.kind} {error}")
+            except ValueError as error:
+                return Measured(state=BAD, error=str(error))
         try:
             every = self.layout.visual_tokens(visuals)
         except ValueError as error:

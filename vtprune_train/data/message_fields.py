@@ -1,5 +1,5 @@
-"""Fields of records and turns that only a checkpoint's chat template formats (``data.template: auto``): tools, calls of
-tools, and reasoning."""
+"""Fields of records and turns that only a checkpoint's chat template can format (``data.template: auto``): tools, tool
+calls and reasoning."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.chat import UNSUPERVISED, Turn
@@ -36,9 +36,11 @@ from vtprune_train.data.message_fields import message_fields, tools_turn
 from vtprune_train.data.sources import find_files, open_reader
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, TooLarge, utf8_length
 from vtprune_train.data.turns import TOOLS
+from vtprune_train.data.videos import is_video_name
 from vtprune_train.data.visuals import VisualFile
 
 CHAT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
+_F = TypeVar("_F")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ID = 4096  # characters; ids are written to logs, metrics and checkpoints
 TURN_BYTES = 256  # added per turn, for the template's text around it and the overhead of the object
@@ -49,7 +51,18 @@ PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
 IMAGE_VALUE = frozenset(("bytes", "path", "url"))
 TEXT_PART, IMAGE_PART = frozenset(("type", "text")), frozenset(("type", "text", "index", *PART_IMAGES))
 PART_VIDEOS = ("video", "video_url", "url", "path", "bytes")
-TIMES = {"start": "start", "video_start": "start", "end": "end", "video_end": "end", "fps": "fps"}
+TIMES = {
+    **dict.fromkeys(("start", "video_start", "start_time"), "start"),
+    **dict.fromkeys(("end", "video_end", "end_time"), "end"),
+    "fps": "fps",
+}
+# Settings of a video in the messages of Qwen's own code; here they are those of a run.
+SAMPLING = {
+    "num_frames": ("num_frames", "nframes"),
+    "min_frames": ("min_frames",),
+    "max_frames": ("max_frames",),
+    "max_pixels": ("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
+}
 VIDEO_VALUE = frozenset(("video", "bytes", "path", "url", *TIMES))
 VIDEO_PART = frozenset(("type", "text", "index", *PART_VIDEOS, *TIMES))
 PLACEHOLDER = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
@@ -58,9 +71,13 @@ _LEADING_IMAGES = re.compile(rf"(?:(?:{re.escape(IMAGE)}|{re.escape(VIDEO)})\s*)
 
 @dataclass(frozen=True)
 class Video:
-    """A video of a record: the name of a file or folder of frames, encoded bytes, or the names of its frames; the part
-    from ``start`` to ``end`` in seconds (``None`` for its start or end); and the frames per second of a folder or list
-    of frames."""
+    """A video of a record.
+
+    Args:
+        file: name of a file or of a folder of frames, encoded bytes, or the names of the files of its frames.
+        start, end: the part of the video in seconds, both inclusive; ``None`` for its start or end.
+        fps: frames per second of a folder or list of frames.
+    """
 
     file: str | bytes | tuple[str, ...]
     start: float | None = None
@@ -192,7 +209,7 @@ def normalize(
 
     Args:
         default_id: id of a record without one.
-        ignore: fields and markers (``<video>``) that are accepted although they would be refused.
+        ignore: fields and markers (``<audio>``) that are accepted although they would be rejected.
         max_text: limit of :func:`text_bytes`.
         chat: the checkpoint's chat template formats the conversation (``data.template: auto``), so it may have tools,
             reasoning, and turns in any order that ends with an answer.
@@ -217,7 +234,8 @@ def normalize(
             return Conversation(name, error=TooLarge(reason), unread=frozenset(unread))
         images = _images(record, [part for part in parts if not part.is_video], parser)
         videos = _videos(record, [part for part in parts if part.is_video], parser, ignore)
-        read = CHAT_RECORD if chat else RECORD
+        videos = _with_times(videos, parser.times(record)) if videos else []
+        read = (CHAT_RECORD if chat else RECORD) | (TIMES.keys() if videos else set())
         unread |= check_fields(record, read, ignore, answer=None, has_images=bool(images))
         turns = _with_video_marks(turns, images, videos)
         _check(turns, images, videos, chat)
@@ -356,28 +374,53 @@ class _Parser:
             videos = [part[key] for key in PART_VIDEOS if not is_empty(part.get(key))]
             if len(videos) > 1:
                 raise ValueError(f"a part of a message has {len(videos)} videos; write one part for each video")
-            times = {key: part[key] for key in TIMES if part.get(key) is not None}
-            video = self.video(videos[0], times) if videos else None
+            video = self.video(videos[0], part) if videos else None
             return VIDEO, [_Part(index=part.get("index"), video=video, is_video=True)]
         raise ValueError(
             f"a part of a message is {part!r}; write {{type: text, text: ...}}, {{type: image}}, "
             "{type: image, image: ...} or {type: video, video: ...}"
         )
 
-    def video(self, video: Any, times: Mapping[str, Any] | None = None) -> Video:
-        """A video from a path, bytes, a list of the files of its frames, or an object with one of them and the part in
-        seconds."""
-        times = dict(times or {})
+    def video(self, video: Any, part: Mapping[str, Any] | None = None) -> Video:
+        """A video from a path, bytes, a list of frame files, or an object with one of these and optional times.
+        ``part`` is the part of a message that contains it, which may have the times."""
+        times = self.times(part or {})
+        self._check_sampling(part or {})
         if isinstance(video, Mapping):
             self._unread |= check_fields(video, VIDEO_VALUE, self._ignore, answer=None, has_images=True)
-            times |= {key: video[key] for key in TIMES if video.get(key) is not None}
-            video = next((video[key] for key in ("video", "bytes", "path", "url") if not is_empty(video.get(key))), "")
+            self._check_sampling(video)
+            for name, value in self.times(video).items():
+                if times.setdefault(name, value) != value:
+                    raise ValueError(f"a video has {name}={value:g} and {name}={times[name]:g}; remove one of them")
+            names = [key for key in ("bytes", "video", "path", "url") if not is_empty(video.get(key))]
+            if len(names) > 1 and (names[0] != "bytes" or len(names) > 2):  # the path beside bytes is their origin
+                raise ValueError(f"a video has {' and '.join(names)}; write one of them")
+            video = video[names[0]] if names else ""
         if isinstance(video, list | tuple) and video:
             files = tuple(_file(frame, "frame") for frame in video)
             if not all(isinstance(frame, str) for frame in files):
                 raise ValueError("the frames of a video are not names of files")
-            return Video(files, **_times(times))  # type: ignore[arg-type]
-        return Video(_file(video, "video"), **_times(times))
+            return Video(files, **times)  # type: ignore[arg-type]
+        file = _file(video, "video")
+        if "fps" in times and isinstance(file, str) and is_video_name(file):
+            raise ValueError(
+                f"fps={times['fps']:g} of video {file!r}: `fps` is the rate of a folder or list of frames; set the "
+                "rate of sampling with data.video.fps, and list `fps` in the entry's `ignore`"
+            )
+        return Video(file, **times)
+
+    def times(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """``start``, ``end`` and ``fps`` from the fields of a video, a part of a message or a record."""
+        return _times({key: values[key] for key in TIMES if values.get(key) is not None and key not in self._ignore})
+
+    def _check_sampling(self, values: Mapping[str, Any]) -> None:
+        for setting, names in SAMPLING.items():
+            for name in names:
+                if values.get(name) is not None and name not in self._ignore:
+                    raise ValueError(
+                        f"a video has {name}={values[name]!r}; set data.video.{setting} for the run, and list `{name}` "
+                        "in the entry's `ignore`"
+                    )
 
 
 def _parts_of_text(text: str) -> list[_Part]:
@@ -385,12 +428,13 @@ def _parts_of_text(text: str) -> list[_Part]:
 
 
 def _times(times: Mapping[str, Any]) -> dict[str, float]:
-    """The part of a video in seconds, and the frames per second of a list of frames."""
+    """``start`` and ``end`` in seconds, and ``fps``, under their canonical names."""
     seconds: dict[str, float] = {}
     for key, value in times.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{key}={value!r} of a video is not a number of seconds (fps: frames per second)")
-        seconds[TIMES[key]] = float(value)
+        if seconds.setdefault(TIMES[key], float(value)) != value:
+            raise ValueError(f"{key}={value!r} of a video, but also {TIMES[key]}={seconds[TIMES[key]]:g}; remove one")
     if seconds.get("start", 0.0) > seconds.get("end", math.inf):
         raise ValueError(f"the part of a video ends at {seconds['end']} s, before its start at {seconds['start']} s")
     if seconds.get("fps") == 0:
@@ -421,14 +465,19 @@ def _images(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser) 
         raise ValueError(f"{len(parts)} {IMAGE} placeholders, but only {len(in_parts)} of their parts contain an image")
     if in_parts and images and in_parts != images:
         raise ValueError(f"the images in {keys[0]!r} and in the parts of its turns differ")
+    return in_parts or _by_index(images, parts, "images")
+
+
+def _by_index(files: list[_F], parts: Sequence[_Part], kind: str) -> list[_F]:
+    """The record's images or videos in the order of their parts, which may have indices."""
     indices = [part.index for part in parts]
-    if not in_parts and any(index is not None for index in indices):
-        if set(indices) != set(range(len(images))):
-            raise ValueError(
-                f"the parts of its turns have the image indices {indices}, but there are {len(images)} images"
-            )
-        return [images[index] for index in indices if index is not None]
-    return in_parts or images
+    if all(index is None for index in indices):
+        return files
+    if set(indices) != set(range(len(files))):
+        raise ValueError(
+            f"the parts of its turns have the {kind[:-1]} indices {indices}, but there are {len(files)} {kind}"
+        )
+    return [files[index] for index in indices if index is not None]
 
 
 def _videos(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser, ignore: Collection[str]) -> list[Video]:
@@ -446,7 +495,28 @@ def _videos(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser, 
         raise ValueError(f"{len(parts)} {VIDEO} placeholders, but only {len(in_parts)} of their parts contain a video")
     if in_parts and videos and in_parts != videos:
         raise ValueError(f"the videos in {keys[0]!r} and in the parts of its turns differ")
-    return in_parts or videos
+    return in_parts or _by_index(videos, parts, "videos")
+
+
+def _with_times(videos: list[Video], times: Mapping[str, float]) -> list[Video]:
+    """The videos with the times in the fields of their record."""
+    if "fps" in times:
+        videos = [replace(video, fps=times["fps"]) if video.fps is None else video for video in videos]
+    part = {name: value for name, value in times.items() if name != "fps"}
+    if not part:
+        return videos
+    if len(videos) > 1:
+        raise ValueError(
+            f"its field {next(iter(part))!r} belongs to one of its {len(videos)} videos; write it into the value of "
+            "that video: {video: a.mp4, start: 2.5}"
+        )
+    for name, value in part.items():
+        if (of_video := getattr(videos[0], name)) not in (None, value):
+            raise ValueError(
+                f"its video has {name}={of_video:g}, but the record has {name}={value:g}; remove one of them"
+            )
+    video = videos[0]
+    return [replace(video, start=part.get("start", video.start), end=part.get("end", video.end))]
 
 
 def _image(image: Any) -> str | bytes:
@@ -483,7 +553,7 @@ def _decoded(url: str, what: str) -> bytes:
 
 
 def _with_video_marks(turns: list[Turn], images: list[str | bytes], videos: list[Video]) -> list[Turn]:
-    """Write ``<video>`` for the ``<image>`` that LLaVA-Video's data has in place of each video."""
+    """Replace ``<image>`` by ``<video>`` in LLaVA-Video's data, which marks videos with ``<image>``."""
     texts = "".join(turn.text for turn in turns)
     if not videos or images or VIDEO in texts or texts.count(IMAGE) != len(videos):
         return turns

@@ -1,7 +1,7 @@
-"""The data set of ``vtprune quickstart --video``: short drawn videos, and questions that no single frame answers.
+"""The data set of ``vtprune quickstart --video``: short synthetic videos, and questions that no single frame answers.
 
 A shape moves, two shapes appear one after the other, or a shape changes its color. Each video is as likely as the same
-video in reverse, which has another answer, so the frames without their order never tell the answer.
+video in reverse, which has a different answer, so the frames without their order do not determine the answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Scene:
-    """A video, as the shape in each frame (``None``: nothing), and a question about it.
+    """A video, described by the shape in each frame (``None``: no shape), and a question about it.
 
     Args:
         frames: one entry for each frame.

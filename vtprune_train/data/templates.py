@@ -34,7 +34,7 @@ def build_encoder(
     tokenization: Literal["processor", "llava"],
     videos: bool = False,
 ) -> ChatEncoder:
-    """The encoder of conversations for these settings and a model of this family; with ``videos``, also of videos.
+    """The encoder of conversations for these settings and this family; with ``videos``, they may have videos.
 
     Raises:
         ValueError: see :class:`~vtprune_train.data.chat.ChatEncoder`; or the tokenizer has no video token.

@@ -10,4 +10,4 @@ class UnreadableVideo(UnreadableImage):
 
 
 class ChangedVideo(ChangedImage, UnreadableVideo):
-    """Raised for a video whose frames differ in size, number or rate from those in the index."""
+    """Raised for a video that was changed after it was indexed or after its header was read."""

@@ -1,8 +1,8 @@
 """A video file: its header, and frames at given indices, decoded with PyAV.
 
-A file is read twice for its frames: once to list its packets, once to decode those between the wanted frames and their
-keyframes. Packets are skipped by reading on, not by seeking: formats differ in where a seek arrives, and decoding takes
-far longer than reading.
+To load frames, a file is read twice: first to list its packets, then to decode the packets from the keyframe before
+each wanted frame to that frame. Other packets are read and skipped. There are no seeks, because the position after a
+seek differs between formats, and reading is far faster than decoding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
@@ -21,7 +21,7 @@ import numpy as np
 
 from vtprune_train.data.images import TOO_MANY_FILES
 from vtprune_train.data.video_errors import ChangedVideo, UnreadableVideo
-from vtprune_train.data.video_packets import Packet, Run, Timeline
+from vtprune_train.data.video_packets import Packet, Run, Timeline, uneven_times
 from vtprune_train.models.families.layout import VideoHeader
 
 if TYPE_CHECKING:  # PyAV is not needed for training on images
@@ -29,33 +29,46 @@ if TYPE_CHECKING:  # PyAV is not needed for training on images
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+Resize = Callable[[np.ndarray], np.ndarray]
+"""Resizes a frame [height, width, 3] uint8."""
 MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; listing their packets takes about 300 MB
 
 
-def file_header(source: Path | bytes, *, fps: float, max_pixels: int, name: str) -> VideoHeader:
+def file_header(source: Path | bytes, *, fps: float, max_pixels: int, name: str, times: bool = False) -> VideoHeader:
     """See :func:`~vtprune_train.data.videos.video_header`."""
+    seconds = None
     with _reading(name), _open(source, max_pixels, name) as (container, stream):
         frames = _indexed_frames(container, stream)
-        first, packets = _first_frame(container, stream, name, only_first=frames > 0)
+        reads_all = not frames or (times and _is_uneven(stream))
+        first, packets = _first_frame(container, stream, name, only_first=not reads_all)
+        timeline = Timeline(packets, stream.codec_context.has_b_frames) if reads_all else None
         if frames:
             fps = float(stream.average_rate or fps)
-        else:
-            timeline = Timeline(packets)
+        elif timeline is not None:
             frames, fps = len(timeline.frames), timeline.rate(stream.time_base, stream.average_rate, fps)
+        if times and timeline is not None and len(timeline.times) == frames:
+            seconds = timeline.seconds(stream.time_base, fps)
         height, width = _upright(np.empty((first.height, first.width), dtype=bool), first).shape
     if frames > MAX_FRAMES:
         raise UnreadableVideo(name, f"{frames} frames, more than {MAX_FRAMES}; split the video")
-    return VideoHeader(height, width, frames, fps, frames / fps)
+    return VideoHeader(height, width, frames, fps, frames / fps, seconds)
 
 
 def file_frames(
-    source: Path | bytes, indices: Sequence[int], header: VideoHeader, *, max_pixels: int, name: str
+    source: Path | bytes,
+    indices: Sequence[int],
+    header: VideoHeader,
+    *,
+    max_pixels: int,
+    name: str,
+    resize: Resize | None = None,
 ) -> np.ndarray:
     """See :func:`~vtprune_train.data.videos.load_frames`."""
-    frames = np.empty((len(indices), header.height, header.width, 3), dtype=np.uint8)
+    frames = np.empty((0, header.height, header.width, 3), dtype=np.uint8)
     with _reading(name):
         with _open(source, max_pixels, name) as (container, stream):
-            timeline = Timeline([_packet(packet) for packet in islice(_demux(container, stream), MAX_FRAMES)])
+            packets = [_packet(packet) for packet in islice(_demux(container, stream), MAX_FRAMES)]
+            timeline = Timeline(packets, stream.codec_context.has_b_frames)
             _check(container, stream, timeline, header, name)
         missing = set(indices)
         for from_start in (False, True):  # a keyframe may depend on frames before it, as with intra refresh
@@ -63,7 +76,11 @@ def file_frames(
                 if missing:
                     with _open(source, max_pixels, name) as (container, stream):
                         for index, frame in _wanted_frames(container, stream, timeline, missing, from_start, name):
-                            frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+                            rgb = _rgb(frame, index, header, name)
+                            rgb = rgb if resize is None else resize(rgb)
+                            if not len(frames):
+                                frames = np.empty((len(indices), *rgb.shape), dtype=np.uint8)
+                            frames[np.equal(indices, index)] = rgb
                             missing.remove(index)
             except UnreadableVideo:
                 if from_start:
@@ -95,8 +112,8 @@ def _reading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its video stream, to be decoded on one thread. Nothing else is opened: FFmpeg would follow the
-    addresses in a playlist."""
+    """Open a file and its first video stream, to be decoded on one thread. No other file or address is opened: FFmpeg
+    would otherwise follow the addresses in a playlist."""
     import av
 
     if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # opening a pipe would hang
@@ -157,6 +174,13 @@ def _indexed_frames(container: InputContainer, stream: VideoStream) -> int:
     return sum(entry.size > 0 and not entry.is_discard for entry in entries)  # an edit list discards frames
 
 
+def _is_uneven(stream: VideoStream) -> bool:
+    """Whether the frames in the index of an MP4 or MOV file have no constant rate. The index has times of decoding."""
+    entries = [entry.timestamp for entry in stream.index_entries if entry.size > 0 and not entry.is_discard]
+    tick, rate = float(stream.time_base or 0), float(stream.average_rate or 0)
+    return uneven_times([(time - entries[0]) * tick for time in entries], rate) is not None
+
+
 def _first_frame(
     container: InputContainer, stream: VideoStream, name: str, *, only_first: bool
 ) -> tuple[VideoFrame, list[Packet]]:
@@ -166,7 +190,7 @@ def _first_frame(
     first, packets = None, []
     for packet in _demux(container, stream):
         if first is None:
-            with suppress(InvalidDataError):  # a file cut from a longer stream starts with frames that need others
+            with suppress(InvalidDataError):  # the first frames of a cut stream may need missing ones
                 first = next(iter(packet.decode()), None)
         packets.append(_packet(packet))
         if len(packets) > MAX_FRAMES or (only_first and first):
@@ -190,7 +214,7 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
 
 
 def _packet(packet: Any) -> Packet:
-    # VP8 stores each reference frame that is not shown as a packet; newer codecs put it into that of a shown frame
+    # VP8 stores hidden reference frames as separate packets; newer codecs store them in the packet of a shown frame
     is_hidden = packet.stream.codec_context.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10
     return Packet(packet.pts, packet.duration or 0, packet.is_keyframe, not (packet.is_discard or is_hidden))
 
@@ -202,7 +226,7 @@ def _check(container: InputContainer, stream: VideoStream, timeline: Timeline, h
     count = len(timeline.frames)
     if (frames or count) != header.frames or not math.isclose(fps or 0, header.fps, rel_tol=1e-3):
         found = f"{frames or count} frames at {float(fps or 0):g} per second"
-        indexed = f"{header.frames} at {header.fps:g} when the data was indexed"
+        indexed = f"{header.frames} at {header.fps:g} when its header was read"
         raise ChangedVideo(name, f"it has {found}, but had {indexed}")
     if count != header.frames:
         raise UnreadableVideo(name, f"frame {count} of {header.frames} is missing: the file is truncated or damaged")
@@ -239,7 +263,7 @@ def _decode(
                 raise UnreadableVideo(name, reason) from error
             if position == last:
                 break
-        yield from stream.decode(None)  # those that the decoder holds back to reorder them
+        yield from stream.decode(None)  # frames that the decoder still holds for reordering
         stream.codec_context.flush_buffers()
 
 
@@ -253,8 +277,8 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
     if image.shape[:2] != (header.height, header.width):
         size = f"{image.shape[0]} x {image.shape[1]}"
         expected = f"{header.height} x {header.width}"
-        raise ChangedVideo(
-            name, f"frame {index} is {size}, but its first frame was {expected} when the data was indexed"
+        raise UnreadableVideo(
+            name, f"frame {index} is {size}, but the first frame is {expected}; encode the video again with one size"
         )
     return image
 
@@ -264,6 +288,7 @@ def _progressive(frame: VideoFrame) -> VideoFrame:
     from av.filter import Graph
 
     graph = Graph()
+    graph.threads = 1
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
     )
@@ -285,4 +310,4 @@ def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

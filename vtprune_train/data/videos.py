@@ -1,5 +1,5 @@
-"""Reads the header of a video, and single frames as 8-bit RGB, from a video file or a folder of images. Any unusable
-video raises one error class."""
+"""Reads the header and selected frames (8-bit RGB) of a video file or a folder of images. Every unusable video raises
+:class:`UnreadableVideo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from vtprune_train.data.frame_folders import folder_frames, folder_header
 from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.video_errors import ChangedVideo, UnreadableVideo
-from vtprune_train.data.video_files import file_frames, file_header
+from vtprune_train.data.video_files import Resize, file_frames, file_header
 from vtprune_train.models.families.layout import VideoHeader
 
 __all__ = ["FPS", "ChangedVideo", "UnreadableVideo", "is_video_name", "load_frames", "video_header"]
@@ -28,18 +28,19 @@ SUFFIXES = {
 
 
 def video_header(
-    source: Source, *, fps: float = FPS, max_pixels: int = MAX_PIXELS, name: str | None = None
+    source: Source, *, fps: float = FPS, max_pixels: int = MAX_PIXELS, name: str | None = None, times: bool = False
 ) -> VideoHeader:
     """Frame size, number of frames, and frame rate of a video.
 
     MP4 and MOV files have an index of their frames. Other files are read to the end to count the frames, without
-    decoding them. Of any file only the first frame is decoded, since PyAV reports the rotation of decoded frames only.
+    decoding them. Only the first frame is decoded, because PyAV reports the rotation only for decoded frames.
 
     Args:
         source: a video file, its content, a folder of images, which are sorted naturally (2 before 10), or the images.
         fps: frames per second of a folder of images, or of a file that does not contain times.
         max_pixels: limit of ``height * width`` of a frame.
         name: the video's name in messages; the path if ``None``.
+        times: also read the time of each frame if their rate is not constant, as parts of a video need it.
 
     Raises:
         UnreadableVideo: the video cannot be read.
@@ -47,7 +48,7 @@ def video_header(
     name = name or _name(source)
     if isinstance(source, tuple) or _is_folder(source):
         return folder_header(source, fps=fps, max_pixels=max_pixels, name=name)
-    return file_header(source, fps=fps, max_pixels=max_pixels, name=name)
+    return file_header(source, fps=fps, max_pixels=max_pixels, name=name, times=times)
 
 
 def load_frames(
@@ -57,17 +58,19 @@ def load_frames(
     *,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
+    resize: Resize | None = None,
 ) -> np.ndarray:
-    """Decode frames of a video, [n, height, width, 3] uint8 RGB, with rotation applied. Pixels are left as they are
-    stored if they are not square.
+    """Decode frames of a video, [n, height, width, 3] uint8 RGB, with rotation applied. Frames with pixels that are not
+    square are not rescaled.
 
-    Decoding starts at the keyframe before each frame and stops after the last one, on one thread. Pixels equal those of
-    ``ffmpeg -pix_fmt rgb24`` bit by bit.
+    Decoding starts at the keyframe before each frame and stops after the last one, on one thread. Pixels are
+    bit-identical to those of ``ffmpeg -pix_fmt rgb24``.
 
     Args:
         source, max_pixels, name: see :func:`video_header`.
         indices: indices of the frames in presentation order, in any order; they may repeat.
-        header: the video's header in the index.
+        header: the video's header.
+        resize: applied to each decoded frame, so that not all frames of a long video are in memory at full size.
 
     Raises:
         UnreadableVideo: a frame cannot be decoded, or the file is truncated.
@@ -79,8 +82,8 @@ def load_frames(
         if not 0 <= index < header.frames:
             raise IndexError(f"{name}: frame {index} of a video with {header.frames} frames")
     if isinstance(source, tuple) or _is_folder(source):
-        return folder_frames(source, indices, header, max_pixels=max_pixels, name=name)
-    return file_frames(source, indices, header, max_pixels=max_pixels, name=name)
+        return folder_frames(source, indices, header, max_pixels=max_pixels, name=name, resize=resize)
+    return file_frames(source, indices, header, max_pixels=max_pixels, name=name, resize=resize)
 
 
 def is_video_name(name: str) -> bool:

@@ -42,8 +42,8 @@ from vtprune_train.pruning.base import PruningMethod
 log = logging.getLogger(__name__)
 
 Prompt = tuple[Sequence[Image.Image | DecodedVideo], str | Sequence[Turn]]
-"""Images and videos, and a question or the turns up to one. ``<image>`` marks the images' places and ``<video>`` those
-of the videos; without these marks, images come first, then videos."""
+"""Images and videos, and a question or the turns up to one. ``<image>`` and ``<video>`` mark their positions; without
+markers, images come first, then videos."""
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -84,7 +84,7 @@ def load(
         device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run the code of a method outside the package that the checkpoint names.
-        fps, num_frames: frames of a video to sample for each second, or in total; ``None`` for the checkpoint's.
+        fps, num_frames: sampled frames of a video, per second or in total; ``None`` for the checkpoint's setting.
 
     Raises:
         ValueError: the model or processor cannot be read, the device does not exist, or the method does not fit the
@@ -326,7 +326,8 @@ def write_prompt(
 
 
 def _continued(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns without tools; prefixes of answers are joined with what continues them, or are the last turn."""
+    """The turns without tools. Prefixes of answers are joined with the turns that continue them, or stay the last
+    turn."""
     spoken = [turn for turn in turns if turn.role != TOOLS]
     last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
     return joined([*spoken, *last])[0]
@@ -349,8 +350,8 @@ def in_order(visuals: Sequence[Image.Image | DecodedVideo], question: str) -> li
 
 
 def batchable(loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Indices of the prompts that can be one batch: all of them, but in families whose models take the frames of all
-    videos as one tensor, those with equally many frames (and those without videos)."""
+    """Indices of the prompts of each batch: all of them, or, in families whose models take the frames of all videos as
+    one tensor, one batch for each number of frames."""
     frames = [{len(video.frames) for video in by_kind(visuals)[1]} for visuals, _ in prompts]
     if not any(frames) or not video_processor(loaded.processor).layout.stacks_videos:
         return [list(range(len(prompts)))]

@@ -82,7 +82,7 @@ class _AtFirstToken(LogitsProcessor):
 
 
 def empty_cache(model: HFModule) -> DynamicCache:
-    """A cache for ``generate``. A dense model with linear attention needs one made for its layers."""
+    """A cache for ``generate``. That of a dense model with linear attention is created from the config."""
     text = model.config.get_text_config()
     is_linear = "linear_attention" in (getattr(text, "layer_types", None) or ())
     return DynamicCache(config=text) if is_linear and not is_pruned(model) else DynamicCache()

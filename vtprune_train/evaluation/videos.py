@@ -18,7 +18,7 @@ def video_processor(processor: Any, what: str = "a prompt with a video") -> Vide
 
     Args:
         processor: see :func:`vtprune_train.evaluation.answering.load_processor`.
-        what: what needs it, for the error.
+        what: the user of the processor, for the error message.
 
     Raises:
         ValueError: the model's family does not take videos.
@@ -31,7 +31,7 @@ def video_processor(processor: Any, what: str = "a prompt with a video") -> Vide
 
 
 def open_video(source: Path | VisualFile, processor: Any) -> DecodedVideo:
-    """Decode the frames of a video that the model's settings sample.
+    """Decode the frames of a video that are sampled with the model's settings.
 
     Args:
         source: a video file, a folder of frames, or a video of a record.

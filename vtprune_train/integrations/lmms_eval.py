@@ -3,10 +3,9 @@
 lmms-eval finds this module through the package's entry point ``lmms_eval.models``. Model arguments: ``pretrained`` (as
 in ``vtprune generate --model``), ``method`` (``saved``, ``none`` or the name of a method) with the method's settings,
 lists separated by slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``family`` (``path/to/file.py:FAMILY``, for a model
-of a family outside the package), ``device``, ``dtype``, ``batch_size``, ``fps`` or ``num_frames`` (frames of a video,
-instead of the checkpoint's settings), and ``trust_remote_code`` (run the code of a method that the checkpoint names).
-With ``accelerate launch`` or ``torchrun``,
-each process answers its share of the documents on its own GPU.
+of a family outside the package), ``device``, ``dtype``, ``batch_size``, ``fps`` or ``num_frames`` (sampled frames of a
+video, instead of the checkpoint's setting), and ``trust_remote_code`` (run the code of a method that the checkpoint
+names). With ``accelerate launch`` or ``torchrun``, each process answers its share of the documents on its own GPU.
 """
 
 from __future__ import annotations

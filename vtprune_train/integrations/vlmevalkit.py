@@ -35,7 +35,7 @@ class VTPrune(BaseModel):
         method: a pruning method, or ``None`` for the dense model; by default the saved one.
         device, dtype, trust_remote_code: see :func:`vtprune_train.evaluation.answering.load`.
         family: ``path/to/file.py:FAMILY``, for a model of a family outside the package.
-        fps, num_frames: frames of a video, instead of the checkpoint's settings.
+        fps, num_frames: sampled frames of a video, per second or in total, instead of the checkpoint's setting.
         generation: keywords of ``generate``.
     """
 

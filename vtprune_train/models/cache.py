@@ -1,8 +1,8 @@
 """Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
 A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and other users of a
-cache keep working; linear attention layers have a :class:`StateLayer`. The first layer that attends holds what belongs
-to the whole cache, and defines the sequence length.
+cache keep working; linear attention layers have a :class:`StateLayer`. The first layer with attention holds the data of
+the whole cache, and defines the sequence length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
@@ -189,8 +189,8 @@ class StagedLayer(DynamicLayer):
 
 class StateLayer(LinearAttentionLayer):
     """State of one linear attention layer: for each row, the last inputs of its convolution ``conv_states`` [B,
-    channels, kernel] and the recurrent state ``recurrent_states`` [B, heads, key size, value size]. It has no length: a
-    token stays in the state of the layers that it passed, also if it is dropped later."""
+    channels, kernel] and the recurrent state ``recurrent_states`` [B, heads, key size, value size]. It has no length. A
+    token that is dropped later remains part of the states of earlier layers."""
 
     @property
     def is_filled(self) -> bool:
@@ -233,7 +233,7 @@ class StateLayer(LinearAttentionLayer):
 
 
 def first_attending(cache: Cache) -> StagedLayer:
-    """The first layer of a staged cache with keys, which also holds what belongs to the whole cache."""
+    """The first layer of a staged cache with keys, which also holds the data of the whole cache."""
     return next(layer for layer in cache.layers if isinstance(layer, StagedLayer))
 
 

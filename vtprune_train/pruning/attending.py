@@ -1,5 +1,5 @@
-"""Decoders in which only some layers attend (Qwen3.5): which drop points and key layers fit, and default drop points
-that do. Host only."""
+"""Decoders in which only some layers have attention (Qwen3.5): checks drop points and key layers, and adjusts default
+drop points. Host only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vtprune_train.pruning.combined import Combined
 
 
 def check_attending(method: PruningMethod, config: Any) -> None:
-    """Check that a method reads attention only in layers that have it; ``config`` is the text config.
+    """Check that a method uses attention only in layers that have it; ``config`` is the text config.
 
     Raises:
-        ValueError: it ranks with, or removes keys from, a layer that does not attend; the message lists those that do
-            and the nearest setting that fits.
+        ValueError: it ranks with, or removes keys from, a layer without attention. The message lists the layers with
+            attention and the nearest valid setting.
     """
     attending, num_layers = attending_layers(config), config.num_hidden_layers
     if attending is None:
@@ -44,7 +44,7 @@ def check_attending(method: PruningMethod, config: Any) -> None:
 
 def fitted(method: PruningMethod, config: Any) -> PruningMethod:
     """A copy of ``method`` whose default drop points (``layers`` or ``layer`` left out) are moved to the nearest ones
-    that rank with a layer that attends; ``config`` is the text config. Layers that are set stay as they are."""
+    that rank with an attention layer; ``config`` is the text config. Layers that the user set are not changed."""
     attending, num_layers = attending_layers(config), config.num_hidden_layers
     if attending is None:
         return method

@@ -110,7 +110,8 @@ class Combined(PruningMethod):
 
 
 def _common_per(methods: tuple[PruningMethod, ...], own: Per) -> Per:
-    """The ``per`` of all methods, since all of them see the same spans; ``own`` is the combination's."""
+    """The ``per`` of all methods, which must be equal because all methods see the same spans; ``own`` is the
+    combination's."""
     different = [method for method in methods if method.per != methods[0].per]
     if different:
         raise ValueError(

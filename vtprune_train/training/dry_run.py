@@ -156,7 +156,7 @@ def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop],
 
 
 def _video_lines(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max_length: int) -> list[str]:
-    """A row for a short video with the run's sampling, and a description of it."""
+    """A table row for a 30 s video with the run's sampling, and a description of the video."""
     clip = layout.clip(SHORT_VIDEO)
     [of] = layout.visual_tokens([clip])
     written = written_tokens(layout.placeholder(clip))
@@ -278,8 +278,8 @@ def _largest_micro_batches(
     config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int
 ) -> list[tuple[MicroBatch, int]]:
     """The largest micro-batches that the limits allow: samples of ``max_length`` up to ``max_tokens`` and
-    ``global_batch_size``, each with one image of the largest resolution; if the run has videos, also each with a long
-    video. With the number of steps in time of a sample."""
+    ``global_batch_size``, each with one image of the largest resolution; if the run has videos, also samples each with
+    a long video. Returned with the number of steps in time of each sample's video."""
     largest = max(layout.examples(), key=lambda size: layout.tokens([size]))
     of_image, limit, count = layout.visual_tokens([largest])[0], config.data.max_length, _most_samples(config)
     filled = [(min(of_image.total, limit), of_image.tiles, 0)]

@@ -32,7 +32,7 @@ from vtprune_train.viz.draw import (
 )
 
 FRAME = (200, 200)  # maximum width and height of a frame
-MOST = 8  # frames in a row; of longer videos, evenly spaced ones are drawn
+MOST = 8  # maximum number of frames in a row; evenly spaced in longer videos
 SPACE = 10  # between frames
 
 
@@ -55,8 +55,8 @@ class VideoStages:
         Args:
             video: the video.
             layout: the layout that sampled it.
-            kept: for each span of visual tokens, the indices [K] that are kept after each drop. Takes the spans of this
-                video: one, or one for each frame in families whose frames are images.
+            kept: for each span of visual tokens, the indices [K] that are kept after each drop. The spans of this video
+                are consumed: one, or one for each frame in families whose frames are images.
         """
         tokens = layout.video_tokens(video.clip)
         place = layout.frame_places(video.clip)
@@ -89,12 +89,12 @@ def _seconds(clip: Clip, first: int, steps: int) -> list[float]:
 
 
 def _between(tokens: np.ndarray, start: int, end: int) -> np.ndarray:
-    """[K] int64, those of ``tokens`` from ``start`` to ``end``, counted from ``start``."""
+    """[K] int64, the ``tokens`` in [start, end), counted from ``start``."""
     return tokens[(tokens >= start) & (tokens < end)] - start
 
 
 def _with_newlines(place: Places, count: int) -> Places:
-    """Add ``count`` newline tokens, which end a video."""
+    """Add the ``count`` newline tokens at the end of a video."""
     height, width = place.size
     boxes = np.array([[width, 0.0, width, height]] * count).reshape(-1, 4)
     return Places(place.size, np.append(place.kinds, ["newline"] * count), np.concatenate([place.boxes, boxes]))
@@ -139,7 +139,7 @@ def draw_video(video: VideoStages, stages: Sequence[str], title: str = "") -> Im
     height, width = video.frames[0].places.size
     scale = min(FRAME[0] / width, FRAME[1] / height)
     size = max(8, round(width * scale)), max(8, round(height * scale))
-    across = max(size[0], 96)  # room for the captions
+    across = max(size[0], 96)  # wide enough for the captions
     total = 2 * MARGIN + max(len(shown) * (across + SPACE) - SPACE, 420)
     lines = wrapped(title, total - 2 * MARGIN)
     top = MARGIN + len(lines) * 28 + (12 if lines else 0)

@@ -16,12 +16,12 @@ from vtprune_train.viz.draw import DROPPED, FADE, ImageStages
 from vtprune_train.viz.draw_video import VideoStages
 
 LONGEST = 1344  # pixels of the longer side of an embedded image: two tiles of 336 at double resolution
-LONGEST_FRAME = 448  # of a frame
+LONGEST_FRAME = 448  # maximum side of a video frame in pixels
 PAGE = Path(__file__).with_name("page.html")
 
 
 def page(images: Sequence[ImageStages | VideoStages], stages: Sequence[str], title: str = "") -> str:
-    """The HTML of the page. ``#stage=2`` in its address opens the second stage, ``#stage=2&time=3`` at the third frame.
+    """The HTML of the page. ``#stage=2`` in its address opens the second stage, ``#stage=2&time=3`` its third frame.
 
     Args:
         images: images and videos, see :func:`vtprune_train.viz.draw_video.draw_all`.

@@ -29,7 +29,7 @@ def show(
 ) -> Image.Image:
     """Draw which visual tokens a pruned model keeps in each stage::
 
-        show(model, processor, image, "What is in the picture?").save("kept.png")
+        show(model, processor, image, "What is in the image?").save("kept.png")
 
     Args:
         model: a pruned model.
@@ -38,8 +38,8 @@ def show(
         prompt: the question about the images; its last token ranks the visual tokens, as when generating the answer.
 
     Returns:
-        An image with a column for each stage and a row for each input image, and for a video a row for each stage and
-        the frames side by side; dropped tokens are faded. Notebooks display it.
+        An image. Each input image has a row with a column for each stage; each video has a row for each stage, with its
+        frames side by side. Dropped tokens are faded. Notebooks display the image.
 
     Raises:
         ValueError: the model is not pruned, there is no image, or the positions of this model's tokens in the image are

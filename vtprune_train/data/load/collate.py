@@ -105,13 +105,13 @@ class Collator:
         text = len(chat.input_ids) - len(chat.image_offsets)
         if not (record.videos or image_record.videos):
             self._compare(sample, "text tokens", text, int(lengths.text[0]))
-        elif image_sample == sample and text != lengths.text[0]:  # a video of another rate has other timestamps
+        elif image_sample == sample and text != lengths.text[0]:  # the timestamps of a changed video differ
             name = next(file.name for file in files if file.is_video)
             raise ChangedVideo(name, f"its text has {text} tokens, but had {lengths.text[0]} when the data was indexed")
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
         self._compare(sample, "images and videos", len(sizes), int((lengths.span_sample == 0).sum()))
         self._compare(sample, "runs of visual tokens", len(chat.image_offsets), runs)
-        content = [file.load(size, self.max_image_pixels) for file, size in zip(files, sizes, strict=True)]
+        content = [file.load(size, self.max_image_pixels, self.layout) for file, size in zip(files, sizes, strict=True)]
         visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
         self._compare(image_sample, "visual tokens", sum(of.total for of in tokens), visual)
         pixels = self.layout.visual_pixels(self.image_processor, sizes, content)

@@ -93,8 +93,8 @@ class Planner:
 class StepCosts:
     """Computes tokens and costs of a step's samples for the planner, as ``costs(step, samples)``.
 
-    A video counts as one span. With ``per: frame``, and for InternVL, whose frames are images, this is approximate:
-    the pass rounds the number of kept tokens of each frame."""
+    A video counts as one span. With ``per: frame``, and for InternVL, whose frames are images, this is approximate,
+    because the forward pass rounds the number of kept tokens of each frame."""
 
     index: SampleIndex
     cost: TrainingCost

@@ -68,8 +68,8 @@ class Loop:
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
         videos: how videos are sampled and prepared by default; the layout then takes videos.
         video_token: the video token in the vocabulary; empty if frames have the image token.
-        template_image, template_video: text of an image and of a video in a chat template; ``<image>`` and ``<video>``
-            in it are the tokens that the family's processor expands. ``None``: the ``placeholder``.
+        template_image, template_video: text of an image and of a video in a chat template, in which ``<image>`` and
+            ``<video>`` stand for the tokens that the family's processor expands. ``None``: the ``placeholder``.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -120,7 +120,7 @@ class Family:
         refused: keywords of ``forward`` that a pruned model does not support, with the reason.
         counting: ``config ->`` settings of the processor that determine the number of visual tokens, if the image
             processor alone does not.
-        image_settings: settings of the image processor that the family's processor sets in every call.
+        image_settings: settings of the image processor that the family's processor overrides in every call.
         geometry: ``(config, image_processor) -> ImageGeometry``, for ``vtprune show`` and ``estimate``; not needed if
             ``loop`` has a layout.
         samples: ``(inputs, sizes) ->`` the sizes of all images, one list per sample; needed if the layout of an image

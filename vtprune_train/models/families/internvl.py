@@ -35,7 +35,7 @@ from vtprune_train.models.families.videos import Sampling, VideoSettings
 if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
 
-# InternVLProcessor sets this in every call, whatever the image processor's file says.
+# InternVLProcessor sets this in every call and overrides the image processor's file.
 ALWAYS = {"crop_to_patches": True}
 PLACEHOLDER = f"<img>{IMAGE}</img>"
 
@@ -100,7 +100,7 @@ class TilesAndThumbnail(ImageLayout):
         return dataclasses.replace(self, video=settings)
 
     def video_tokens(self, clip: Clip) -> VisualTokens:
-        """Each frame is one tile, and an image of its own, as in the model's own inputs."""
+        """Each frame is one tile and counts as a separate image, as in the model's own inputs."""
         frames = len(clip.indices)
         return VisualTokens((self.rows * self.columns,) * frames, frames, 0, ((self.rows, self.columns),) * frames)
 
@@ -108,6 +108,9 @@ class TilesAndThumbnail(ImageLayout):
         """[frames, 3, height, width]."""
         assert self.video is not None, "the layout was built without videos"
         return self.video.prepare(frames, self.tile_size)
+
+    def frame_size(self, clip: Clip) -> Size:
+        return self.tile_size
 
     def placeholder(self, visual: Visual) -> str | None:
         if not isinstance(visual, Clip):
@@ -180,7 +183,7 @@ def _saved(config: Any) -> SavedByTower:
 
 
 def _untrained(config: Any, name: str) -> bool:
-    """The mask token, and what comes after the layer that gives the features."""
+    """The mask token, and the parameters after the layer whose output is used."""
     if "embeddings.mask_token" in name:
         return True
     if config.vision_feature_layer == -1:

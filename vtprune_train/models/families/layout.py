@@ -6,9 +6,11 @@ Shape suffixes: T tokens in the packed batch, V visual tokens, P tiles (or patch
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
 
 NEWLINE = -1
+TOLERANCE = 1e-6  # of times in frames or seconds
 MAX_ASPECT = 200  # Qwen's limit; CLIP's processor would scale the SHORT side to a whole tile
 
 Size = tuple[int, int]
@@ -30,14 +33,44 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """What the header of a video says: the size of its frames in pixels (after rotation), their number, the mean number
-    of frames per second, and the duration in seconds."""
+    """The header of a video.
+
+    Args:
+        height, width: of a frame in pixels, after rotation.
+        frames: number of frames.
+        fps: mean number of frames per second.
+        duration: in seconds.
+        times: seconds of each frame after the first one, if their rate is not constant; ``None`` if it is constant or
+            not known.
+    """
 
     height: int
     width: int
     frames: int
     fps: float
     duration: float
+    times: tuple[float, ...] | None = None
+
+    def part(self, start: float | None, end: float | None) -> tuple[int, int]:
+        """The first and the last frame from ``start`` to ``end`` in seconds (both inclusive; ``None`` for the start and
+        the end of the video).
+
+        Raises:
+            ValueError: there is no frame between them.
+        """
+        first, last = 0, self.frames - 1
+        if self.times is None:
+            first = first if start is None else math.ceil(start * self.fps - TOLERANCE)
+            last = last if end is None else min(last, math.floor(end * self.fps + TOLERANCE))
+        else:
+            first = first if start is None else bisect_left(self.times, start - TOLERANCE)
+            last = last if end is None else bisect_right(self.times, end + TOLERANCE) - 1
+        if first > last:
+            raise ValueError(
+                f"no frame lies between start={start} and end={end}; the video has {self.frames} frames in "
+                f"{self.duration:.2f} s"
+            )
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -49,6 +82,7 @@ class Clip:
         indices: the frames, counted from the start of the file.
         total: number of frames in the part of the video that they were sampled from.
         fps: mean number of frames per second of the file.
+        header: the header that they were sampled from; ``None`` if the frames do not come from a file.
     """
 
     height: int
@@ -56,6 +90,7 @@ class Clip:
     indices: tuple[int, ...]
     total: int
     fps: float
+    header: VideoHeader | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> Size:
@@ -153,11 +188,11 @@ class ImageLayout(ImageGeometry):
     """
 
     stacks_videos: ClassVar[bool] = True
-    """Whether the model takes the frames of all videos as one tensor, so that they must be equally many."""
+    """Whether the model takes the frames of all videos as one tensor, so that all need the same number of frames."""
     video: Any = None
 
     def with_videos(self, settings: Any) -> ImageLayout:
-        """The layout of data with videos.
+        """A copy of this layout that also supports videos.
 
         Args:
             settings: a :class:`~vtprune_train.models.families.videos.VideoSettings`.
@@ -213,8 +248,20 @@ class ImageLayout(ImageGeometry):
         raise ValueError(f"{type(self).__name__} does not take videos")
 
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
-        """The vision tower's input for a video, [tiles, ...] float32, from its frames [T, height, width, 3] uint8."""
+        """The vision tower's input for a video, [tiles, ...] float32, from its frames [T, height, width, 3] uint8, or
+        from its frames after :meth:`resized`."""
         raise ValueError(f"{type(self).__name__} does not take videos")
+
+    def frame_size(self, clip: Clip) -> Size:
+        """The size that :meth:`video_pixels` resizes frames to, before any crop."""
+        raise ValueError(f"{type(self).__name__} does not take videos")
+
+    def resized(self, clip: Clip, frame: np.ndarray) -> np.ndarray:
+        """A frame, resized as :meth:`video_pixels` does, [height, width, 3] uint8. Resizing the frames of a long video
+        while it is decoded needs less memory and gives the same pixels."""
+        assert self.video is not None, "the layout was built without videos"
+        resized: np.ndarray = self.video.resize(frame[None], self.frame_size(clip))[0].permute(1, 2, 0).numpy()
+        return resized
 
     def frame_places(self, clip: Clip) -> Places:
         """Positions of the visual tokens of one step in time in its frame."""
@@ -309,14 +356,15 @@ class GatheredTiles(ImageLayout):
         )
 
 
-def check_aspect(size: Size) -> None:
-    """Refuse an image with an extreme aspect ratio, which image processors would enlarge excessively or refuse.
+def check_aspect(size: Size, what: str = "an image") -> None:
+    """Reject an image, or a video by the size of its frames, with an extreme aspect ratio, which image processors would
+    enlarge excessively or reject.
 
     Raises:
-        ValueError: the image is more than :data:`MAX_ASPECT` times as long as wide; the message names its size.
+        ValueError: it is more than :data:`MAX_ASPECT` times as long as wide; the message names its size.
     """
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(
-            f"an image of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
+            f"{what} of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
             "this family's image processor cannot take it"
         )

@@ -1,5 +1,5 @@
-"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: each frame is one tile, whose features are pooled to a small grid;
-the features come from the model's own ``get_video_features``.
+"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: each frame is one tile, whose features the model's own
+``get_video_features`` pools to a smaller grid.
 
 Shape suffixes: V visual tokens.
 """
@@ -19,6 +19,7 @@ from vtprune_train.models.families.layout import (
     Clip,
     ImageLayout,
     SampleImages,
+    Size,
     VideoHeader,
     VisionInputs,
     Visual,
@@ -26,11 +27,11 @@ from vtprune_train.models.families.layout import (
     check_aspect,
 )
 from vtprune_train.models.families.places import Places, edges
-from vtprune_train.models.families.videos import VideoSettings
+from vtprune_train.models.families.videos import VideoSettings, crop_offset
 
 
 class PooledVideos(ImageLayout):
-    """The part of a layout that deals with videos. ``ends_with_newline``: a newline token follows the last frame."""
+    """The videos of a layout. ``ends_with_newline``: a newline token follows the last frame."""
 
     ends_with_newline: ClassVar[bool]
     video: VideoSettings | None = None
@@ -41,7 +42,7 @@ class PooledVideos(ImageLayout):
         """Rows (and columns) of a frame's tokens."""
 
     def clip(self, header: VideoHeader, start: float | None = None, end: float | None = None) -> Clip:
-        check_aspect((header.height, header.width))
+        check_aspect((header.height, header.width), "a video")
         return super().clip(header, start, end)
 
     def video_tokens(self, clip: Clip) -> VisualTokens:
@@ -52,10 +53,9 @@ class PooledVideos(ImageLayout):
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
         """[frames, 3, height, width]."""
         assert self.video is not None, "the layout was built without videos"
-        return self.video.prepare(frames, self._resized(clip))
+        return self.video.prepare(frames, self.frame_size(clip))
 
-    def _resized(self, clip: Clip) -> tuple[int, int]:
-        """Height and width of the resized frames, before the crop."""
+    def frame_size(self, clip: Clip) -> Size:
         assert self.video is not None, "the layout was built without videos"
         size, (height, width) = self.video.edges, clip.size
         if "height" in size:
@@ -64,14 +64,14 @@ class PooledVideos(ImageLayout):
         return (short, long) if height <= width else (long, short)
 
     def frame_places(self, clip: Clip) -> Places:
-        """Positions in the frame; what the central crop cuts off belongs to no token."""
+        """Positions in the frame; the part outside the central crop belongs to no token."""
         assert self.video is not None, "the layout was built without videos"
-        resized = self._resized(clip)
+        resized = self.frame_size(clip)
         kept = self.video.crop or resized
         sides = []
         for original, whole, cut in zip(clip.size, resized, kept, strict=True):
             prepared = np.linspace(0, cut, self.frame_side + 1)
-            sides.append(edges(prepared, original, whole, -round((whole - cut) / 2)))
+            sides.append(edges(prepared, original, whole, crop_offset(whole, cut)))
         return Places.of_grid(clip.size, *sides)
 
     def placeholder(self, visual: Visual) -> str | None:
@@ -80,8 +80,8 @@ class PooledVideos(ImageLayout):
     def with_video_inputs(
         self, samples: Sequence[SampleImages], images: VisionInputs, features: int, image_tokens: Sequence[int]
     ) -> VisionInputs:
-        """Add the videos of all samples to the inputs of their images; a blank frame without videos, so that every rank
-        runs the tower.
+        """Add the videos of all samples to the inputs of their images. Without videos, add a blank frame, so that every
+        rank runs the tower.
 
         Args:
             samples: with images and videos.
@@ -121,10 +121,10 @@ def videos_and_frames(inputs: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def video_inputs(images: SampleImages) -> dict[str, Tensor]:
-    """The videos of one sample as keywords of the model's own ``forward``; they must have equally many frames.
+    """The videos of one sample as keywords of the model's own ``forward``.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the videos do not all have the same number of frames.
     """
     videos = images.select(Clip).pixels
     if len({len(pixels) for pixels in videos}) > 1:

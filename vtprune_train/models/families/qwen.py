@@ -118,20 +118,19 @@ class MergedPatches(ImageLayout):
         """Steps in time, rows and columns of patches."""
         if not isinstance(visual, Clip):
             return 1, *self.grid(visual)
-        height, width = self._frame_size(visual)
+        height, width = self.frame_size(visual)
         steps = -(-len(visual.indices) // self.temporal_patch_size)
         return steps, height // self.patch_size, width // self.patch_size
 
-    def _frame_size(self, clip: Clip) -> tuple[int, int]:
-        """Height and width of the resized frames."""
-        check_aspect(clip.size)
+    def frame_size(self, clip: Clip) -> Size:
+        check_aspect(clip.size, "a video")
         assert self.video is not None, "the layout was built without videos"
         factor, edges = self.patch_size * self.merge_size, self.video.edges
         resize = resized_clip if self.timestamps else resized_frame
         return resize(clip, factor, self.temporal_patch_size, edges["shortest_edge"], edges["longest_edge"], self.video)
 
     def clip(self, header: VideoHeader, start: float | None = None, end: float | None = None) -> Clip:
-        check_aspect((header.height, header.width))
+        check_aspect((header.height, header.width), "a video")
         return super().clip(header, start, end)
 
     def video_tokens(self, clip: Clip) -> VisualTokens:
@@ -152,7 +151,7 @@ class MergedPatches(ImageLayout):
     def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
         """[patches, channels * frames * patch * patch], step by step; the last frame is repeated to fill a step."""
         assert self.video is not None, "the layout was built without videos"
-        pixels = self.video.prepare(frames, self._frame_size(clip))
+        pixels = self.video.prepare(frames, self.frame_size(clip))
         pixels = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % self.temporal_patch_size, -1, -1, -1)])
         steps, rows, columns = self.patch_grid(clip)
         merge, patch = self.merge_size, self.patch_size

@@ -1,5 +1,5 @@
-"""Qwen3.5: three of four decoder layers have linear attention (gated delta rule), the others attend; the vision tower
-is that of Qwen3-VL without features of deeper layers."""
+"""Qwen3.5: three of every four decoder layers have linear attention (gated delta rule). The vision tower is that of
+Qwen3-VL without DeepStack."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _saved(config: Any) -> SavedByTower:
 
 
 def _qwen3_5_9b() -> Qwen3_5Config:
-    """Transformers' defaults, which are those of this checkpoint."""
+    """transformers' defaults, which are the sizes of this checkpoint."""
     return Qwen3_5Config(vision_config={"out_hidden_size": 4096})
 
 

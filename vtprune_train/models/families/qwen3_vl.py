@@ -21,7 +21,7 @@ from vtprune_train.models.families.qwen import (
 )
 from vtprune_train.models.families.towers import SavedByTower
 
-SIZE = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}  # pixels, of the published checkpoints
+SIZE = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}  # areas in pixels, of the published checkpoints
 HALF = [0.5, 0.5, 0.5]  # their mean and standard deviation
 
 

@@ -1,5 +1,5 @@
-"""Videos: which frames are sampled, and how their pixels are prepared. The same frames and pixels as transformers'
-video processors, without torchvision, which these need.
+"""Sampling of video frames and preparation of their pixels. Frames and pixels are the same as those of transformers'
+video processors, which need torchvision; this module does not.
 
 Shape suffixes: T frames.
 """
@@ -35,10 +35,10 @@ class Sampling:
 
     Args:
         rule: see :data:`Rule`.
-        fps: frames per second of the video; ``None`` if ``num_frames`` is set.
-        num_frames: number of frames of every video; shorter videos are used whole.
+        fps: sampled frames per second; ``None`` if ``num_frames`` is set.
+        num_frames: number of sampled frames per video; shorter videos are used whole.
         min_frames, max_frames: limits with ``fps``.
-        multiple: number of frames that the tower merges in time.
+        multiple: number of frames that the tower merges into one step in time.
     """
 
     rule: Rule
@@ -54,16 +54,10 @@ class Sampling:
         Raises:
             ValueError: the part has no frame.
         """
-        first = 0 if start is None else max(0, math.ceil(start * header.fps - 1e-6))
-        last = header.frames - 1 if end is None else min(header.frames - 1, math.floor(end * header.fps + 1e-6))
-        if first > last:
-            raise ValueError(
-                f"no frame lies between start={start} and end={end}; the video has {header.frames} frames in "
-                f"{header.duration:.2f} s"
-            )
+        first, last = header.part(start, end)
         total = last - first + 1
         indices = first + self._indices(total, header.fps)
-        return Clip(header.height, header.width, tuple(indices.tolist()), total, header.fps)
+        return Clip(header.height, header.width, tuple(indices.tolist()), total, header.fps, header)
 
     def _indices(self, total: int, fps: float) -> np.ndarray:
         count = self._count(total, fps)
@@ -72,8 +66,9 @@ class Sampling:
         if self.rule == "even":
             return np.arange(count) * total // count
         begin = total / count / 2 if self.rule == "middle" else 0
-        # The same expression as in transformers, whose rounding may give one frame more than ``count``.
-        return torch.arange(begin, total, total / count).int().numpy().astype(np.int64)
+        # The same expression as in transformers, whose rounding may give one value too many, up to ``total``.
+        indices = torch.arange(begin, total, total / count).int().numpy().astype(np.int64)
+        return indices[indices < total]
 
     def _count(self, total: int, fps: float) -> int:
         """Number of frames; at least 1, also of a video that is shorter than ``multiple``."""
@@ -87,8 +82,6 @@ class Sampling:
         if self.rule == "qwen2":
             most = math.floor(min(self.max_frames, total) / self.multiple) * self.multiple
             count = math.floor(min(max(wanted, self.min_frames), most, total) / self.multiple) * self.multiple
-        elif self.rule == "qwen3":
-            count = min(max(int(wanted), self.min_frames), self.max_frames, total)
         else:
             count = min(max(int(wanted), self.min_frames), self.max_frames, total)
         return max(1, count)
@@ -99,7 +92,7 @@ class VideoSettings:
     """How a family samples and prepares videos.
 
     Args:
-        sampling: the frames.
+        sampling: which frames are used.
         size: what the frames are resized to, as in transformers: ``shortest_edge`` and ``longest_edge`` in pixels of
             area (Qwen), ``height`` and ``width``, or ``shortest_edge`` in pixels of length.
         crop: ``(height, width)`` of a central crop after resizing; ``None`` for no crop.
@@ -127,14 +120,19 @@ class VideoSettings:
     def prepare(self, frames: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
         """[T, 3, height, width] float32, resized to ``size`` (before the crop) and normalized, from [T, height, width,
         3] uint8."""
-        pixels = torch.as_tensor(frames).permute(0, 3, 1, 2).contiguous()
-        if tuple(pixels.shape[-2:]) != size:
-            smooth = {} if self.resample == 0 else {"antialias": True, "align_corners": False}
-            pixels = F.interpolate(pixels, size=list(size), mode=MODES[self.resample], **smooth)  # type: ignore[arg-type]
+        pixels = self.resize(frames, size)
         if self.crop is not None:
             pixels = _cropped(pixels, self.crop)
         mean, std = (torch.tensor(values) * (1.0 / self.rescale) for values in (self.mean, self.std))
-        return (pixels.float() - mean[:, None, None]) / std[:, None, None]
+        return pixels.float().sub_(mean[:, None, None]).div_(std[:, None, None])
+
+    def resize(self, frames: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
+        """[T, 3, *size] uint8, from [T, height, width, 3] uint8."""
+        pixels = torch.as_tensor(frames).permute(0, 3, 1, 2).contiguous()
+        if tuple(pixels.shape[-2:]) == size:
+            return pixels
+        smooth = {} if self.resample == 0 else {"antialias": True, "align_corners": False}
+        return F.interpolate(pixels, size=list(size), mode=MODES[self.resample], **smooth)  # type: ignore[arg-type]
 
 
 def _cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -143,10 +141,13 @@ def _cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     Source: ``center_crop`` of transformers' video processors.
     """
     height, width = pixels.shape[-2:]
-    down, right = max(0, size[0] - height), max(0, size[1] - width)
-    pixels = F.pad(pixels, (right // 2, (right + 1) // 2, down // 2, (down + 1) // 2))
-    top, left = (pixels.shape[-2] - size[0]) // 2, (pixels.shape[-1] - size[1]) // 2
-    return pixels[..., top : top + size[0], left : left + size[1]]
+    top, left = crop_offset(height, size[0]), crop_offset(width, size[1])
+    return F.pad(pixels, (left, size[1] - width - left, top, size[0] - height - top))  # negative padding crops
+
+
+def crop_offset(length: int, cropped: int) -> int:
+    """Where a frame begins in its central crop, in pixels along one side; negative if the frame is larger."""
+    return (cropped - length) // 2 if cropped > length else -((length - cropped) // 2)
 
 
 def video_settings(
@@ -155,7 +156,7 @@ def video_settings(
     """A family's settings with those of a checkpoint's video processor and of a run.
 
     Args:
-        defaults: of the family, the class's defaults in transformers.
+        defaults: the family's settings, which are the defaults of its class in transformers.
         saved: the checkpoint's ``video_preprocessor_config.json``; ``None`` without one.
         changes: ``fps``, ``num_frames``, ``min_frames``, ``max_frames`` and ``max_pixels`` of the run; ``None`` for the
             checkpoint's.
@@ -218,8 +219,8 @@ def _sampling(defaults: Sampling, saved: Mapping[str, Any], changes: Mapping[str
 
 
 def timestamps(clip: Clip, multiple: int) -> list[float]:
-    """Seconds of each step in time of ``multiple`` frames: the mean of its first and last frame; the last frame is
-    repeated to fill a step.
+    """Seconds of each step in time of ``multiple`` frames: the mean of the times of its first and last frame. The last
+    frame is repeated to fill a step.
 
     Source: ``Qwen3VLProcessor`` of transformers.
     """
@@ -234,7 +235,7 @@ def images_only(visuals: Sequence[Any], title: str) -> None:
         raise ValueError(f"{title} does not take videos; pass their frames as images")
 
 
-# What a tokenizer makes one token: a special token, a word, a digit, a space or a punctuation mark.
+# Text that becomes one token: a special token, a word, a digit, a space or a punctuation mark.
 PIECES = re.compile(r"<\|?(?P<special>/?[A-Za-z_]+)\|?>| ?[^\W\d_]+|\d|\s|[^\w\s]")
 
 

@@ -146,7 +146,7 @@ class _Walk:
         # Index of each visual token into the first stage's visual tokens; -1 for learned tokens.
         num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
         self.visual = torch.arange(num_visual, device=hidden.device)
-        # Rows of the stage if text stands between the tokens of a video; otherwise the plan has them.
+        # Rows of the stage if there is text between the tokens of a video; otherwise the plan has them.
         self.rows = Rows(plan.boundaries[0].text_rows, plan.boundaries[0].visual_rows) if plan.boundaries else None
         self.asides: dict[int, _Aside] = {}
         self.memories: dict[int, dict[str, Any]] = {}
@@ -239,7 +239,7 @@ class _Walk:
         self.origins.append(self.origin)
 
     def _locate(self, index: int) -> None:
-        """Fill in the rows of a drop point that only the device knows."""
+        """Fill in the rows of a drop point that are computed on the device."""
         if index >= len(self.plan.boundaries) or self.plan.boundaries[index].scored_shift is None:
             return
         rows = self.rows

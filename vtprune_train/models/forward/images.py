@@ -19,7 +19,7 @@ from vtprune_train.models.forward.encoder import joined, patch_index, patches_pe
 from vtprune_train.pruning.candidates import EncoderSignals
 
 SEEN = "_vtprune_seen"
-# Inputs of get_image_features and get_video_features that their code loops over.
+# Inputs whose values get_image_features and get_video_features iterate over on the host.
 SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
 
 

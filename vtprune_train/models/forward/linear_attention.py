@@ -1,12 +1,12 @@
 """Linear attention layers (gated delta rule) on packed batches.
 
-Such a layer mixes tokens with a short convolution and a recurrent state, and transformers' PyTorch code has no sequence
-bounds: in a packed batch each sample would continue from the state of the one before. So the layer's own ``forward``
-runs once on a padded batch with one segment per row.
+Such a layer mixes tokens with a short convolution and a recurrent state. transformers' PyTorch code does not support
+segment bounds: in a packed batch, each sample would continue from the state of the previous one. The layer's own
+``forward`` therefore runs once on a padded batch with one segment per row.
 
-Rows are padded on the left, as transformers pads prompts: zeros leave the convolution and the state at zero, so outputs
+Rows are padded on the left, as transformers pads prompts: convolution and state are zero after padding, so outputs
 and final states are exact. Rows are padded to a multiple of :data:`CHUNK` tokens, the chunk size of the delta rule.
-Chunks then end where a segment ends, so the result of a segment does not depend on the lengths of the others.
+The last chunk then ends with the segment, so the result of a segment does not depend on the lengths of the others.
 
 Shape suffixes: T tokens of the packed stream, S segments, W columns of the padded batch, C hidden size.
 """
@@ -33,7 +33,7 @@ MIXER = "linear_attn"  # name of the linear attention in a decoder layer
 
 
 def attending_layers(text_model: HFModule) -> tuple[int, ...]:
-    """The decoder layers that attend, counted from 0; the others have linear attention."""
+    """The decoder layers with attention, counted from 0; the others have linear attention."""
     return tuple(index for index, layer in enumerate(text_model.layers) if MIXER not in layer._modules)
 
 
@@ -66,8 +66,8 @@ def forward(
 def _run_padded(
     original: Callable[..., Tensor], hidden_1TC: Tensor, lengths: tuple[int, ...], cache: DynamicCache | None
 ) -> Tensor:
-    """[1, T, C]: all segments from an empty state, in one call, because under ZeRO-3 every rank must call the module
-    equally often."""
+    """[1, T, C]: all segments, each from an empty state. One call, because under ZeRO-3 every rank must call the module
+    the same number of times."""
     gather, is_token, scatter = _left_padded(lengths, hidden_1TC.device)
     padded_SWC = hidden_1TC[0].index_select(0, gather).unflatten(0, is_token.shape)
     out_SWC = original(hidden_states=padded_SWC, cache_params=cache, attention_mask=is_token)
@@ -95,8 +95,8 @@ def _left_padded(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor
 def _run_by_length(
     original: Callable[..., Tensor], hidden_1TC: Tensor, lengths: tuple[int, ...], cache: DynamicCache, index: int
 ) -> Tensor:
-    """[1, T, C]: segments that continue the states of layer ``index`` in ``cache``. Rows of equal length share a call,
-    because padding in front of the new tokens would shift the convolution and decay the state."""
+    """[1, T, C]: segments that continue the states of layer ``index`` in ``cache``. One call for all rows of the same
+    length, because padding before the new tokens would shift the convolution and decay the state."""
     layer: StateLayer = cache.layers[index]  # type: ignore[assignment]
     starts, parts, order = np.cumsum([0, *lengths]), [], []
     for length in sorted(set(lengths) - {0}):

@@ -113,7 +113,7 @@ def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> l
 
 
 def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
-    """The features of all images; also of videos in families that compute them like those of images."""
+    """The features of all images, and of videos in families that compute them like images."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
         features = _tile_features(self, pixels)

@@ -47,8 +47,8 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
         inputs: a batch as the processor returns it, on the model's device, without labels.
 
     Returns:
-        For each row, for each of its images and videos, for each drop: [k] int64, indices into the tokens of the image,
-        or of the video, step by step in time. A merged token is listed as one of its source tokens.
+        For each row, for each of its images and videos, for each drop: [k] int64, indices into the tokens of the image
+        or video. The tokens of a video are in order of time. A merged token is listed as one of its source tokens.
 
     Raises:
         ValueError: the model is not pruned.
@@ -449,7 +449,7 @@ def _span(runs: Sequence[tuple[int, int]], layout: tuple[Grids, int]) -> ImageSp
 
 
 def _video_spans(visual: np.ndarray, remaining: list[Visual], row: int, num_videos: int) -> tuple[ImageSpan, ...]:
-    """The span of each video of a row; text may stand between its frames."""
+    """The span of each video of a row; there may be text between its frames."""
     spans: list[ImageSpan] = []
     runs = _runs(visual)
     while runs:

@@ -1,4 +1,4 @@
-"""Rotary tables, with frequencies in float32, whatever dtype the weights are cast to."""
+"""Rotary tables, with frequencies in float32 even if the weights are cast to another dtype."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 def rotary_tables(text_model: HFModule, hidden: Tensor, position_ids: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``position_ids``; ``longest`` is the number of tokens of the longest sequence.
 
-    The ``dynamic`` type scales the frequencies of sequences longer than the model's. Transformers reads the longest
-    position from the device to decide; below the limit, which is checked here on the host, they are those of the
-    default type.
+    The ``dynamic`` type scales the frequencies for sequences longer than ``max_position_embeddings``. transformers
+    reads the longest position from the device to decide. Here the limit is checked on the host; up to it, frequencies
+    equal those of the default type.
 
     Raises:
         ValueError: the type is ``dynamic``, and a sequence exceeds ``max_position_embeddings``.

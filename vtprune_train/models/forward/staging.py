@@ -67,8 +67,8 @@ class Before:
 
 
 def _with_keys(cache: DynamicCache) -> list[StagedLayer]:
-    """For each layer its cache, and for a linear attention layer that of the next layer that attends (or the last one),
-    because its own has no length."""
+    """For each layer its cache; for a linear attention layer, whose cache has no length, that of the next layer with
+    attention (or of the last one)."""
     layers, following = [], next(layer for layer in reversed(cache.layers) if isinstance(layer, StagedLayer))
     for layer in reversed(cache.layers):
         following = layer if isinstance(layer, StagedLayer) else following
@@ -228,8 +228,8 @@ def use_three_parts(
 
 
 def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """[B]: difference between the position of each row's last token and its index. The largest position may be that of
-    an earlier video, whose positions in time can exceed those of the text after it."""
+    """[B]: difference between the position of each row's last token and its index. The largest position may
+    belong to an earlier video, whose temporal positions can exceed the positions of the text after it."""
     zeros = counted.new_zeros(num_rows)
     last = zeros.scatter_reduce(0, row, counted, "amax")
     of_last = positions.amax(dim=0) * (counted == last[row])

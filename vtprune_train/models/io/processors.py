@@ -1,7 +1,7 @@
 """Builds the processor of a model (image processor, tokenizer, settings), the same in training and inference.
 
 It is built from its parts, because transformers' ``AutoProcessor`` also builds a video processor for some families,
-which requires torchvision; a :class:`~vtprune_train.models.io.video_processor.VideoProcessor` takes its place. Images
+which requires torchvision; here :class:`~vtprune_train.models.io.video_processor.VideoProcessor` replaces it. Images
 are always processed by the PIL backend, even if torchvision is installed, so that inference uses the same pixels as
 training. The settings of videos are saved with the processor, where ``AutoProcessor`` finds them.
 """

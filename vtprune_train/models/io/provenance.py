@@ -188,7 +188,7 @@ def published_names(model: HFModule) -> dict[str, str]:
     """Names of a model's tensors in published checkpoints, by their names in memory; for a model without an adapter.
 
     Raises:
-        ValueError: published checkpoints store its tensors in other parts (Qwen3.5-MoE: every expert by itself).
+        ValueError: published checkpoints divide its tensors differently (Qwen3.5-MoE: every expert separately).
     """
     state = model.state_dict()
     name_of = {id(tensor): name for name, tensor in state.items()}

@@ -1,5 +1,5 @@
-"""Takes the place of transformers' video processors, which need torchvision: the pixels and metadata from which a
-family's processor writes the text and inputs of its videos."""
+"""A replacement for transformers' video processors, which need torchvision: computes the pixels and metadata from which
+a family's processor creates the text and inputs of videos."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vtprune_train.models.families.layout import Clip, ImageLayout, SampleImages
 from vtprune_train.models.families.pooled_videos import video_inputs
 from vtprune_train.models.families.videos import video_settings
 
-# Keywords without an effect: metadata and tensors are always returned, and frames are sampled before they are decoded.
+# Accepted keywords and values: metadata and tensors are always returned, and frames were sampled before decoding.
 FIXED = {"return_metadata": (True, False), "return_tensors": ("pt", None), "do_sample_frames": (False, None)}
 
 
@@ -43,7 +43,7 @@ class DecodedVideo:
 
 
 class VideoProcessor:
-    """Prepares videos like the training loop, with the attributes that transformers' processors read.
+    """Prepares videos like the training loop. Has the attributes that transformers' processors read.
 
     Args:
         config: the model's config.
@@ -62,7 +62,7 @@ class VideoProcessor:
         self._saved, self._changes = dict(saved), None if changes is None else dict(changes)
 
     def __deepcopy__(self, memo: Any) -> VideoProcessor:
-        return self  # it does not change
+        return self  # immutable
 
     @cached_property
     def layout(self) -> ImageLayout:
@@ -88,7 +88,7 @@ class VideoProcessor:
         return self.layout.temporal_patch_size  # type: ignore[attr-defined, no-any-return]
 
     def changed(self, fps: float | None = None, num_frames: int | None = None) -> VideoProcessor:
-        """The same with another rate, or number, of sampled frames; setting one replaces the other.
+        """A copy with another rate or number of sampled frames; setting one replaces the other.
 
         Raises:
             ValueError: both are set, or one is not positive.
@@ -124,7 +124,7 @@ class VideoProcessor:
             ``pixel_values_videos``, ``video_metadata``, and ``video_grid_thw`` in families with patches.
 
         Raises:
-            ValueError: the metadata is missing, or the videos of a batch must have equally many frames and have not.
+            ValueError: the metadata is missing, or the model needs the same number of frames in all videos.
         """
         for name, value in keywords.items():
             if value not in FIXED.get(name, ()):

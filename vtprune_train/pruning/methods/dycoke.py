@@ -1,5 +1,5 @@
-"""DyCoke (arXiv 2411.15024), temporal token merging: of four frames the first is kept whole, the others keep the visual
-tokens that differ most from it or from the frame before.
+"""DyCoke (arXiv 2411.15024), temporal token merging: the first of every four frames is kept whole, and the other three
+keep the visual tokens that differ most from an earlier frame.
 
 Shape suffixes: F steps in time, N tokens of a step, C hidden size.
 """
@@ -23,9 +23,9 @@ WINDOW = 4  # frames
 
 
 class DyCoke(OneShare):
-    """In every four frames of a video, the second is compared with the first, the third with the first, and the fourth
-    with the third; a compared frame keeps the ``floor(keep * n)`` tokens least similar to the token at the same place.
-    The first frame and images are kept whole.
+    """In every four frames of a video, the second and the third are compared with the first, and the fourth with the
+    third. A compared frame of n tokens keeps the ``floor(keep * n)`` tokens least similar to the token at the same
+    location. The first of the four frames is kept whole, and so are images.
 
     Args:
         keep: keep ratio of a frame that is compared, in (0, 1]; 0.3 (published) keeps 0.475 of a video.
@@ -57,7 +57,7 @@ class DyCoke(OneShare):
 
 @dataclass(frozen=True)
 class _WindowDrop(VideoDrop):
-    """Keeps ``compared`` of the tokens of each frame but the first in every window."""
+    """Keeps the share ``compared`` of the tokens of every frame except the first of each window."""
 
     compared: float = 1.0
 

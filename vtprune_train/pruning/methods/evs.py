@@ -22,9 +22,9 @@ ALWAYS = 255.0  # above every dissimilarity, which is at most 2
 
 
 class EVS(OneShare):
-    """Each video keeps its first frame and, of the other frames, the tokens that differ most from the token at the same
-    place one frame earlier: the tokens that vLLM keeps with ``--video-pruning-rate`` 1 - ``keep``. Images are kept
-    whole.
+    """Each video keeps its first frame, and from the other frames the tokens that differ most from the token at the
+    same location in the previous frame. These are the tokens that vLLM keeps with ``--video-pruning-rate`` 1 -
+    ``keep``. Images are kept whole.
 
     Args:
         keep: keep ratio of a video, in (0, 1]; published models use 0.3.
@@ -59,7 +59,7 @@ class EVS(OneShare):
 
 
 class _EVSDrop(VideoDrop):
-    """Counts as vLLM does, in floating point: a first frame at least."""
+    """Counts as vLLM does: in floating point, and at least the tokens of one frame."""
 
     def of_steps(self, steps: Steps) -> int:
         rate = float(1 - as_fraction(self.keep))
@@ -67,6 +67,6 @@ class _EVSDrop(VideoDrop):
 
 
 def changes(frames_FNC: Tensor) -> Tensor:
-    """[F - 1, N] float32: cosine distance of each token to the token at the same place one frame earlier, computed in
-    the precision of the features, as in vLLM, so that both round to the same ties."""
+    """[F - 1, N] float32: cosine distance of each token to the token at the same location in the previous frame, in
+    the precision of the features. vLLM does the same, so both have the same ties."""
     return (1 - cosine_similarity(frames_FNC[1:], frames_FNC[:-1], dim=-1)).float()

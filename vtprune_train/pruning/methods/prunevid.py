@@ -1,5 +1,5 @@
-"""PruneVid (arXiv 2412.16117), spatial-temporal merging: a video is split into scenes; places that do not change in a
-scene are merged over its frames, and then similar tokens are merged within each frame.
+"""PruneVid (arXiv 2412.16117), spatial-temporal merging: a video is split into scenes; static locations are merged over
+the frames of a scene, and then similar tokens are merged within each frame.
 
 Shape suffixes: F steps in time, N tokens of a step, M tokens of a set, C hidden size.
 """
@@ -29,20 +29,21 @@ from vtprune_train.pruning.ops.videos import VideoDrop, steps_of, video_tokens
 from vtprune_train.pruning.schedules.budget import scaled_to_budget
 from vtprune_train.pruning.setting_types import Share
 
-NEIGHBOURS = 7  # whose distances give a token's density
-SMALL = 14  # a set of at most so many tokens is not clustered
-EXPECTED = 0.4  # planned share of an adaptive drop: published, 16.2% remain after a second part that keeps 0.4 of these
+NEIGHBOURS = 7  # number of nearest tokens that determine the density
+SMALL = 14  # sets of at most this many tokens are not clustered
+EXPECTED = 0.4  # planned share of an adaptive drop; published: 16.2% remain after the second part, which keeps 0.4
 
 
 class PruneVid(PruningMethod):
-    """Each video is split into scenes by clustering its frames. In a scene, places whose tokens are similar in all
-    frames become one token each, their mean. These tokens, and the other tokens of each frame, are then clustered and
-    replaced by the clusters' means. The number of tokens depends on the video. Images are kept whole.
+    """Each video is split into scenes by clustering its frames. In a scene, the tokens of a static location, whose mean
+    similarity over the frames is above ``tau``, are merged into their mean. The merged tokens, and the other tokens of
+    each frame, are then clustered and replaced by the clusters' means. Without ``keep``, the number of tokens depends
+    on the video. Images are kept whole.
 
     Args:
         keep: fixed keep ratio of a video in (0, 1] (floor, at least one token), distributed over the sets of tokens in
-            proportion to their sizes; ``None`` merges each set into the share ``clusters`` of it.
-        tau: mean cosine similarity over the frames of a scene above which a place does not change, in [-1, 1].
+            proportion to their sizes; ``None`` keeps the share ``clusters`` of each set.
+        tau: mean cosine similarity over the frames of a scene above which a location is static, in [-1, 1].
         segments: number of frame clusters, as a share of the frames (floor, at least one), in (0, 1].
         clusters: number of clusters of a set of more than 14 tokens, as a share of them (floor), in (0, 1].
         positions: ``renumber`` numbers the remaining tokens 0, 1, ... (published); ``keep`` gives each the position of
@@ -129,7 +130,7 @@ class PruneVid(PruningMethod):
 
 
 TokenSet = tuple[tuple[int, int], np.ndarray]
-"""Frames [start, end), over which tokens are averaged, and the places of the tokens within a frame."""
+"""Frames [start, end), over which tokens are averaged, and the locations of the tokens within a frame."""
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
@@ -147,7 +148,7 @@ def frame_clusters(frames_FNC: Tensor, share: float) -> Tensor:
 
 
 def stillness(frames_FNC: Tensor) -> Tensor:
-    """[N] float32: mean cosine similarity of the tokens of a place in different frames; -1 if there is one frame."""
+    """[N] float32: mean cosine similarity of the tokens at a location in different frames; -1 if there is one frame."""
     num_frames = len(frames_FNC)
     if num_frames == 1:
         return torch.full(frames_FNC.shape[1:2], -1.0, device=frames_FNC.device)
@@ -159,14 +160,14 @@ def stillness(frames_FNC: Tensor) -> Tensor:
 def merged_places(
     scenes: Sequence[tuple[int, int]], still: np.ndarray, tau: float, spare: int | None = None
 ) -> np.ndarray:
-    """[scenes, N] bool: places above ``tau``, which are merged over the frames of their scene. With ``spare``, only the
-    most similar of them, so that at most ``spare`` tokens disappear.
+    """[scenes, N] bool: locations above ``tau``, which are merged over the frames of their scene. With ``spare``, only
+    the most similar ones, so that merging removes at most ``spare`` tokens.
 
     Args:
         scenes: frames [start, end) of each.
         still: [scenes, N], see :func:`stillness`.
         tau: threshold.
-        spare: limit; ``None`` for no limit.
+        spare: maximum number of tokens to remove; ``None`` for no limit.
     """
     merged = still > tau
     if spare is not None:
@@ -177,7 +178,7 @@ def merged_places(
 
 
 def token_sets(scenes: Sequence[tuple[int, int]], merged: np.ndarray) -> list[TokenSet]:
-    """For each scene, the merged places as one set, followed by the other tokens of each frame; without empty sets."""
+    """For each scene, the merged locations as one set, then the other tokens of each frame; empty sets are left out."""
     sets: list[TokenSet] = []
     for (start, end), of_scene in zip(scenes, merged, strict=True):
         sets.append(((start, end), np.flatnonzero(of_scene)))
@@ -191,8 +192,8 @@ def merged_sets(frames_FNC: Tensor, sets: Sequence[TokenSet], targets: Sequence[
     Args:
         frames_FNC: a video's tokens; gradients flow to all of them that are merged.
         sets: which tokens are merged with each other.
-        targets: number of clusters of each set; no more than its tokens, which stay as they are if there are as many.
-            A set without clusters is dropped.
+        targets: number of clusters of each set, at most its number of tokens; if equal, its tokens are not clustered. A
+            set with 0 clusters is dropped.
 
     Returns:
         [K] int64 indices into F * N, the centre of each cluster (in the first of its frames), set by set, best first;

@@ -1,5 +1,5 @@
-"""VidCom2 (arXiv 2505.14454): frames that stand out from the video keep more visual tokens, and each frame keeps the
-tokens that stand out from the video and from the frame.
+"""VidCom2 (arXiv 2505.14454): frames that differ more from the rest of the video keep more visual tokens, and each
+frame keeps the tokens that differ most from the video and from the frame.
 
 Shape suffixes: F steps in time, N tokens of a step, C hidden size, D channels compared.
 """
@@ -22,13 +22,13 @@ TEMPERATURE = 0.01  # of the softmax over frames
 
 class VidCom2(OneShare):
     """Each video keeps ``floor(keep * n)`` tokens, at least one per frame. A frame's share grows with its mean distance
-    from the mean token of the video; in a frame the tokens farthest from the video's and the frame's mean token are
-    kept. Images are kept whole.
+    from the mean token of the video. In each frame, the tokens farthest from the mean tokens of the video and of the
+    frame are kept. Images are kept whole.
 
     Args:
         keep: keep ratio of a video, in (0, 1]; the published default is 0.25.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published for LLaVA-OneVision); ``keep`` keeps their
-            positions (as in Qwen-VL models, always).
+            positions, as always in Qwen-VL models.
     """
 
     keep: Share = 0.25

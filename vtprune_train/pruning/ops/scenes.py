@@ -11,11 +11,11 @@ import numpy as np
 
 
 def scenes_of(labels: np.ndarray) -> list[tuple[int, int]]:
-    """Frames [start, end) of each scene: the runs of equal labels, after runs that are too short joined a neighbour.
+    """Frames [start, end) of each scene: the runs of equal labels, after short runs have joined a neighbour.
 
-    Of each label only its longest runs stay (all of them, if several are equally long), and none if they are single
-    frames. The frames between two runs that stay join the longer of the two, or the earlier if they are equally long.
-    If no run stays, the video is one scene.
+    Only the longest runs of each label remain (all of them if several are equally long; none if they are single
+    frames). Frames between two remaining runs join the longer one, or the earlier one if both are equally long. If no
+    run remains, the video is one scene.
 
     Args:
         labels: [frames] cluster of each frame; at least one frame.

@@ -1,4 +1,4 @@
-"""Steps in time of a video's visual tokens, and drop points that count by them.
+"""Steps in time of a video's visual tokens, and drop points that count tokens per step.
 
 A video whose steps are unknown is treated like an image: its grids are missing or of different sizes, or an earlier
 method has already dropped tokens of it.
@@ -46,10 +46,10 @@ def steps_of(span: ImageSpan | SpanLayout, tokens: int) -> Steps | None:
 
 
 def check_per_video(name: str, per: str) -> None:
-    """Reject ``per: frame`` for a method that compares frames: a frame alone would keep all of its tokens.
+    """Reject ``per: frame`` for a method that compares frames: a single frame would keep all of its tokens.
 
     Raises:
-        ValueError: says what to set.
+        ValueError: ``per`` is not ``video``.
     """
     if per != "video":
         raise ValueError(
@@ -58,8 +58,8 @@ def check_per_video(name: str, per: str) -> None:
 
 
 class VideoDrop(Drop):
-    """A drop that reduces videos only: images and videos whose steps are unknown are kept whole, and so are tokens of
-    no step. Where only lengths are known (budgets), every span counts as a long video."""
+    """A drop for videos only: images, videos whose steps are unknown, and tokens of no step are kept. If only lengths
+    are known (budgets), every span counts as a long video."""
 
     def of_steps(self, steps: Steps) -> int:
         """Number of tokens kept from the steps of a video, at least one."""

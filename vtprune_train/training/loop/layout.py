@@ -10,9 +10,10 @@ from vtprune_train.config.settings import Config
 from vtprune_train.models.families.base import Loop, required
 from vtprune_train.models.families.layout import ImageLayout, VideoHeader
 from vtprune_train.models.families.videos import video_settings
+from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.processors import saved_video_settings
 
-# For reports: 16:9 at 480p and 30 frames per second.
+# Examples for reports: 480p, 16:9, 30 frames per second.
 SHORT_VIDEO = VideoHeader(480, 854, 30 * 30, 30.0, 30.0)
 LONG_VIDEO = VideoHeader(480, 854, 30 * 3600, 30.0, 3600.0)
 
@@ -41,5 +42,5 @@ def build_layout(
     if not has_videos(config):
         return layout
     defaults = required(loop.videos, f"data has videos, but a {model_config.model_type} does not take them")
-    saved = saved_video_settings(path, image_processor)
+    saved = saved_video_settings(path if path is None else resolve_checkpoint(path), image_processor)
     return layout.with_videos(video_settings(defaults, saved, config.data.video.model_dump(), f"model {path}"))

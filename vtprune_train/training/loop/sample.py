@@ -37,7 +37,7 @@ LOOKED_AT = 100  # number of records to try until one can be shown
 
 
 def template_of(data: DataConfig) -> Template | None:
-    """The template with the run's system prompt; ``None`` for that of the checkpoint."""
+    """The template with the run's system prompt; ``None`` for the checkpoint's chat template."""
     if data.template == AUTO:
         return None
     template = get_template(data.template)
@@ -85,7 +85,10 @@ def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
     files = collate.index.files(0, record)
-    visuals = collate.index.visuals(0, files, collate.layout, collate.max_image_pixels)
+    try:
+        visuals = collate.index.visuals(0, files, collate.layout, collate.max_image_pixels)
+    except UNREADABLE as error:
+        return f"sample {record.id} is not shown: {error}"
     return _described(collate.encoder, collate.layout, record, visuals, "sample")
 
 
@@ -131,7 +134,7 @@ def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversatio
             try:
                 files = record.files(Path(source.images), Path(source.videos or source.images))
                 visuals = [file.visual(layout, config.data.max_image_pixels) for file in files]
-            except UNREADABLE:
+            except ValueError:  # also of videos that cannot be sampled; indexing reports them
                 continue
             yield prompt.apply(record), visuals
 

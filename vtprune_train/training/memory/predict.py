@@ -301,8 +301,8 @@ class LayerBytes:
 
     @classmethod
     def _of_gated(cls, g: DecoderGeometry, element: int, trained: bool, copies_output: bool) -> LayerBytes:
-        """A layer of Qwen3.5 that attends: its norms save float32 products with their weights; queries come with a
-        gate, which saves itself, the attention's output and their product."""
+        """An attention layer of Qwen3.5: its norms save float32 products with their weights; the output gate saves
+        itself, the attention's output and their product."""
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
         saved = cls._shared(g, element, trained)
         saved += (6 * element + (4 + element if trained else 0) - (0 if copies_output else element)) * q
@@ -311,9 +311,9 @@ class LayerBytes:
 
     @classmethod
     def of_linear(cls, config: Any, element: int, trained: bool) -> LayerBytes:
-        """A layer of Qwen3.5 with linear attention, in PyTorch code without kernels, which save much less: the delta
-        rule computes in float32 and keeps five products within each chunk and the state after it. Padding of short
-        samples is not counted."""
+        """A linear attention layer of Qwen3.5, for transformers' PyTorch code (kernels save much less): the delta rule
+        computes in float32 and saves five products within each chunk and the state after it. Padding of short samples
+        is not counted."""
         g = DecoderGeometry.of(config)
         assert g.linear is not None
         a = g.linear
@@ -329,7 +329,7 @@ class LayerBytes:
 
     @staticmethod
     def _shared(g: DecoderGeometry, element: int, trained: bool) -> int:
-        """Saved by the norms and the MLP of a layer of Qwen3.5."""
+        """Bytes saved by the norms and the MLP of a layer of Qwen3.5."""
         norms = (8 + (8 + 2 * element if trained else 0)) * g.hidden + 8
         return norms + (4 if trained else 3) * element * g.intermediate
 
@@ -389,8 +389,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The sizes that determine activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower, of images and
-    frames of videos (patches for towers that take images of any size), ``visual`` tokens before dropping, and
+    """The sizes that determine activations: ``tokens`` and ``layers`` [stages], ``tiles`` of images and video
+    frames (patches for towers that take images of any size), ``visual`` tokens before dropping, and
     supervised ``rows``."""
 
     tokens: tuple[int, ...]
