@@ -319,7 +319,10 @@ def test_the_prefix_of_an_answer_is_not_supervised(name):
     assert chat.input_ids.tolist() == encoder.encode(whole).input_ids.tolist()
     prompt = write_prompt(FakeProcessor(encoder), "parts", 0, read.turns[:2])
     assert encoder.tokenizer.encode(prompt) == chat.input_ids[: chat.answer_starts[0]].tolist()
-    assert "continues an assistant turn" in normalize({"messages": messages[:2]}, "x", chat=True).error
+    assert (
+        "is not followed by the assistant turn that continues it"
+        in normalize({"messages": messages[:2]}, "x", chat=True).error
+    )
 
 
 class FakeProcessor:

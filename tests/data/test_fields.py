@@ -103,7 +103,7 @@ REFUSED_TURNS = [
     ({"messages": [{"role": "developer", "content": "5"}, *MESSAGES]}, "unknown role 'developer'"),
     (with_content({"type": "video_url", "video_url": {"url": "http://x/a.mp4"}}), "'http://x/a.mp4' is not a local"),
     (with_content({"type": "video", "video": "a.mp4", "start": 3, "end": 2}), "ends at 2.0 s, before its start at 3.0"),
-    (with_content({"type": "video", "video": "a.mp4", "end": "2"}), "end='2' of a video is not a number of seconds"),
+    (with_content({"type": "video", "video": "a.mp4", "end": "2"}), "end='2' of a video is not a number of at least 0"),
     (with_content({"type": "video", "video": "a.mp4", "start": 3, "video_start": 2}), "also start=3; remove"),
     (with_content({"type": "video", "video": {"path": "a.mp4", "end": 3}, "end": 2}), "end=3 and end=2; remove one"),
     (with_content({"type": "video", "video": {"path": "a.mp4", "url": "b.mp4"}}), "has path and url; write"),

@@ -204,7 +204,7 @@ def test_places_without_an_image(tmp_path):
     codes = {"none.png": errno.ENOENT, "loop": errno.ELOOP, ".": errno.EISDIR, "a" * 300: errno.ENAMETOOLONG}
     for name, code in codes.items():
         assert reason(tmp_path / name) == os.strerror(code), name
-    assert reason(tmp_path / "pipe") == "no regular file", "opening it would wait for ever"
+    assert reason(tmp_path / "pipe") == "not a regular file", "opening it would wait for ever"
     assert "null" in reason(tmp_path / "a\0b")
 
 

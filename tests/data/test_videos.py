@@ -238,7 +238,7 @@ def test_folders_that_are_refused(tmp_path):
     names = ["1.png", "2.png", "3.png"]
     folder = folder_of(tmp_path / "a", names, {"3.png": (20, 30)})
     assert load_frames(folder, [1], header := video_header(folder)).shape == (1, *SIZE, 3)
-    expected = "frame 2 (3.png) does not have the size of the first frame; resize the images or remove it"
+    expected = "frame 2 (3.png) does not have the size of the first frame; resize or remove this image"
     assert reason(folder, [2]) == expected
     (folder / "2.png").write_bytes(b"")
     assert reason(folder, [1]) == "frame 1 (2.png): the file is empty"
@@ -270,7 +270,7 @@ def test_files_that_are_no_videos(tmp_path, content, expected):
 def test_other_files_are_not_opened(tmp_path, h264):
     """A playlist could name any file or address."""
     (tmp_path / "a.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{h264[0]}\n#EXT-X-ENDLIST\n")
-    assert reason(tmp_path / "a.m3u8") == f"a reference to another file: {h264[0]}"
+    assert reason(tmp_path / "a.m3u8") == f"it refers to another file, which is not opened: {h264[0]}"
 
 
 def test_images_are_no_videos(tmp_path):
@@ -291,7 +291,7 @@ def test_places_without_a_video(tmp_path):
     for name, code in codes.items():
         assert reason(tmp_path / name) == os.strerror(code), name
     assert "null" in reason(tmp_path / "a\0b")
-    assert reason(tmp_path / "pipe") == "no regular file", "opening it would wait for ever"
+    assert reason(tmp_path / "pipe") == "not a regular file", "opening it would wait for ever"
 
 
 def test_an_mp4_without_its_index(h264):

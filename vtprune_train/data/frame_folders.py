@@ -84,6 +84,6 @@ def _frame_errors(name: str, index: int, file: Path) -> Iterator[None]:
         yield
     except ChangedImage as error:
         reason = f"frame {index} ({file.name}) does not have the size of the first frame"
-        raise UnreadableVideo(name, f"{reason}; resize the images or remove it") from error
+        raise UnreadableVideo(name, f"{reason}; resize or remove this image") from error
     except UnreadableImage as error:
         raise UnreadableVideo(name, f"frame {index} ({file.name}): {error.reason}") from error

@@ -129,7 +129,7 @@ def _reading(name: str, max_pixels: int) -> Iterator[None]:
 def _open(source: Path | bytes, name: str) -> Iterator[ImageFile.ImageFile]:
     """Open an image and read its header; closes ``source`` at the end."""
     if isinstance(source, Path) and not stat.S_ISREG((mode := source.stat()).st_mode):  # opening a pipe would hang
-        raise UnreadableImage(name, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode.st_mode) else "no regular file")
+        raise UnreadableImage(name, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode.st_mode) else "not a regular file")
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         try:
             image = Image.open(file)

@@ -399,7 +399,7 @@ class _Parser:
         if isinstance(video, list | tuple) and video:
             files = tuple(_file(frame, "frame") for frame in video)
             if not all(isinstance(frame, str) for frame in files):
-                raise ValueError("the frames of a video are not names of files")
+                raise ValueError("a list of frames contains bytes; write the names of files")
             return Video(files, **times)  # type: ignore[arg-type]
         file = _file(video, "video")
         if "fps" in times and isinstance(file, str) and is_video_name(file):
@@ -432,13 +432,13 @@ def _times(times: Mapping[str, Any]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for key, value in times.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{key}={value!r} of a video is not a number of seconds (fps: frames per second)")
+            raise ValueError(f"{key}={value!r} of a video is not a number of at least 0")
         if seconds.setdefault(TIMES[key], float(value)) != value:
             raise ValueError(f"{key}={value!r} of a video, but also {TIMES[key]}={seconds[TIMES[key]]:g}; remove one")
     if seconds.get("start", 0.0) > seconds.get("end", math.inf):
         raise ValueError(f"the part of a video ends at {seconds['end']} s, before its start at {seconds['start']} s")
     if seconds.get("fps") == 0:
-        raise ValueError("fps=0 of a video is not a number of frames per second")
+        raise ValueError("fps=0 of a video; it must be above 0")
     return seconds
 
 
@@ -569,7 +569,7 @@ def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], ch
     elif turns[-1].role != "assistant":
         raise ValueError(f"the conversation ends with a {turns[-1].role} turn, which has no answer to train on")
     if turns[-1].is_prefix or any(turn.is_prefix and after.role != "assistant" for turn, after in pairwise(turns)):
-        raise ValueError("no assistant turn continues an assistant turn with `prefix`")
+        raise ValueError("an assistant turn with `prefix` is not followed by the assistant turn that continues it")
     texts = (text for turn in turns for text in (turn.text, turn.fields))
     if half := next(filter(None, map(_SURROGATE.search, texts)), None):
         raise ValueError(f"its text contains an unpaired surrogate ({half.group()!a}), probably from a cut emoji")

@@ -117,7 +117,7 @@ def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[In
     import av
 
     if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # opening a pipe would hang
-        raise UnreadableVideo(name, "no regular file")
+        raise UnreadableVideo(name, "not a regular file")
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         begin = file.read(32)
         if not begin:
@@ -135,7 +135,7 @@ def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[In
 
 
 def _refuse(url: str, *_: Any) -> Any:
-    raise PermissionError(f"a reference to another file: {url}")
+    raise PermissionError(f"it refers to another file, which is not opened: {url}")
 
 
 def _why_unknown(begin: bytes, error: Exception) -> str:
@@ -155,7 +155,7 @@ def _video_stream(container: InputContainer, max_pixels: int, name: str) -> Vide
         raise UnreadableVideo(name, f"no video stream (only {kinds or 'an empty container'})")
     stream = streams[0]
     if stream.codec_context is None:
-        raise UnreadableVideo(name, "FFmpeg has no decoder for it")
+        raise UnreadableVideo(name, "FFmpeg has no decoder for its codec; convert the video to H.264")
     if stream.height * stream.width > max_pixels:
         size = f"{stream.height} x {stream.width}"
         raise UnreadableVideo(name, f"frames of {size}, more pixels than data.max_image_pixels={max_pixels}")

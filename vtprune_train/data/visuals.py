@@ -11,7 +11,7 @@ from vtprune_train.data.images import MAX_PIXELS, image_size, load_image
 from vtprune_train.data.videos import FPS, ChangedVideo, load_frames, video_header
 from vtprune_train.models.families.layout import Clip, ImageLayout, VideoHeader, Visual
 
-NO_VIDEOS = "it has a video, but its entry of the data has no `videos`; set `videos` to the folder of the videos"
+NO_VIDEOS = "it has a video, but its entry of the data does not set `videos`, the folder of the videos"
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _open_visuals(visuals: Sequence[Any], processor: Any, task: str, document: A
             elif isinstance(visual, Image.Image):
                 opened.append(visual.convert("RGB"))
             else:
-                raise ValueError(f"vtprune supports images and names of files, not a {type(visual).__name__}")
+                raise ValueError(f"vtprune supports images and file names, not {type(visual).__name__}")
         except ValueError as error:
             raise ValueError(f"task {task}, document {document}: {error}") from error
     return opened

@@ -128,7 +128,8 @@ def video_inputs(images: SampleImages) -> dict[str, Tensor]:
     """
     videos = images.select(Clip).pixels
     if len({len(pixels) for pixels in videos}) > 1:
+        counts = ", ".join(str(len(pixels)) for pixels in videos)
         raise ValueError(
-            f"the videos of a prompt have {[len(pixels) for pixels in videos]} frames; sample equally many"
+            f"the videos of a prompt have {counts} frames, but the model needs the same number: set num_frames"
         )
     return {"pixel_values_videos": torch.stack(videos)} if videos else {}

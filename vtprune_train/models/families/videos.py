@@ -177,8 +177,8 @@ def video_settings(
     if (pixels := changes.get("max_pixels")) is not None:
         if "longest_edge" not in defaults.edges:
             raise ValueError(
-                f"data.video.max_pixels={pixels} is for models that take frames of any size; {place} has fixed sizes: "
-                "set it to null"
+                f"data.video.max_pixels={pixels} has no effect on the frames of {place}, whose size is fixed; set it "
+                "to null"
             )
         size = {"longest_edge": pixels, "shortest_edge": min(size["shortest_edge"], pixels)}
     if set(size) != set(defaults.edges):

@@ -98,7 +98,9 @@ class VideoProcessor:
         if fps is not None and num_frames is not None:
             raise ValueError(f"fps={fps} and num_frames={num_frames} are both set; leave one of them out")
         if (fps is not None and not 0 < fps < float("inf")) or (num_frames is not None and num_frames < 1):
-            raise ValueError(f"fps={fps}, num_frames={num_frames}: the one that is set must be above 0")
+            raise ValueError(
+                f"fps={fps} must be above 0" if num_frames is None else f"num_frames={num_frames} must be above 0"
+            )
         changes = {**(self._changes or {}), "fps": fps, "num_frames": num_frames}
         return VideoProcessor(self._config, self._image_processor, self._saved, changes, self._place)
 

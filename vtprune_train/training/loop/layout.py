@@ -41,6 +41,6 @@ def build_layout(
     layout = loop.layout(model_config, image_processor)
     if not has_videos(config):
         return layout
-    defaults = required(loop.videos, f"data has videos, but a {model_config.model_type} does not take them")
+    defaults = required(loop.videos, f"the data has videos, but model {path} does not take them")
     saved = saved_video_settings(path if path is None else resolve_checkpoint(path), image_processor)
     return layout.with_videos(video_settings(defaults, saved, config.data.video.model_dump(), f"model {path}"))

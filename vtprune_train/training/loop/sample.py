@@ -98,7 +98,7 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     readable = _readable(config, layout)
     first = next(readable, None)
     if first is None:
-        return ["sample        not shown: no record with readable images found"]
+        return ["sample        not shown: no record with readable images and videos found"]
     template, turns = template_of(config.data), first[0].turns
     try:
         folder = config.run_dir / "tokenizer"
