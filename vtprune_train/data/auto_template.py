@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vtprune_train.core.stream import IMAGE, VIDEO
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn, joined
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn, join_prefixes
 
 AUTO = "auto"
 MOST_ANSWERS = 256  # formatting a conversation takes time quadratic in its answers
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 NO_PREFIXES: Mapping[int, str] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_LEFT, _RIGHT = "\ue000", "\ue001"  # private use: around a probe, whose place is looked for
+_LEFT, _RIGHT = "\ue000", "\ue001"  # private use: around a probe, whose offset is looked for
 _PROBE = f"{_LEFT}a{_RIGHT}"
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -39,7 +39,7 @@ class AutoTemplate:
     Args:
         source: its Jinja source.
         tokenizer: gives the template its special tokens.
-        place: the folder or hub id of the checkpoint, for messages.
+        checkpoint: the folder or hub id of the checkpoint, for messages.
         image_token: what the template writes for an image, possibly with text around it.
         video_token: what the template writes for a video; ``<video>`` if empty.
 
@@ -50,9 +50,9 @@ class AutoTemplate:
     name = AUTO
 
     def __init__(
-        self, source: str, tokenizer: PreTrainedTokenizerBase, place: str, image_token: str, video_token: str = ""
+        self, source: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str, image_token: str, video_token: str = ""
     ):
-        self.source, self.tokenizer, self.place = source, tokenizer, place
+        self.source, self.tokenizer, self.checkpoint = source, tokenizer, checkpoint
         self.tokens = {IMAGE: image_token, VIDEO: video_token or VIDEO}
         self.is_marked = _GENERATION.search(source) is not None
         if "strftime_now" in source:
@@ -62,10 +62,10 @@ class AutoTemplate:
         if kind is None:
             raise ValueError(f"{self} outputs no {image_token} for an image; {_OTHERWISE}")
         self.content = kind
-        self._around = {IMAGE: self._written(IMAGE)}
+        self._around = {IMAGE: self._text_around(IMAGE)}
 
     def __str__(self) -> str:
-        return f"the chat template of {self.place}"
+        return f"the chat template of {self.checkpoint}"
 
     def __repr__(self) -> str:
         """Identifies cached lengths."""
@@ -108,7 +108,7 @@ class AutoTemplate:
             ValueError: the template refuses the conversation, changes the text of a prompt, leaves out or moves an
                 image, or the answers cannot be located exactly.
         """
-        spoken, prefixes = joined([turn for turn in turns if turn.role != TOOLS])
+        spoken, prefixes = join_prefixes([turn for turn in turns if turn.role != TOOLS])
         tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
         self._check_fields(spoken, tools)
         messages = [message_of(turn, self.content, mark, self.tokens) for turn in spoken]
@@ -117,7 +117,7 @@ class AutoTemplate:
             if turn.role != "assistant" and any(part.strip() not in text for part in mark.split(turn.text)):
                 raise ValueError(f"{self} leaves out or changes the text of {_turn(number)}; {_OTHERWISE}")
         kinds = [kind for turn in spoken if turn.role != "assistant" for kind in mark.findall(turn.text)]
-        return self._filled(text, [place for span in spans for place in span], kinds, visuals)
+        return self._filled(text, [offset for span in spans for offset in span], kinds, visuals)
 
     def locate(
         self, messages: Sequence[Message], tools: list[Any] | None, prefixes: Mapping[int, str] = NO_PREFIXES
@@ -126,7 +126,7 @@ class AutoTemplate:
         :meth:`format`."""
         if self.is_marked:
             text, marked = self._render(messages, tools, False, mask=True)
-            spans = _joined(marked, text, self)
+            spans = _merge_spans(marked, text, self)
             for number, prefix in prefixes.items():
                 start = self._start(messages, tools, number, text, prefix)
                 spans = [(max(a, start) if a < start <= b else a, b) for a, b in spans]
@@ -200,15 +200,15 @@ class AutoTemplate:
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def _filled(
-        self, text: str, places: list[int], kinds: Sequence[str], visuals: Sequence[str]
+        self, text: str, offsets: list[int], kinds: Sequence[str], visuals: Sequence[str]
     ) -> tuple[str, list[int], list[str]]:
         """Replace what the template writes for images and videos by ``visuals``. Like the family's processor, only
         replace the token, unless a visual repeats the text that the template writes around it."""
         token_of = {kind: self.tokens[kind] for kind in (IMAGE, *kinds)}
         pattern = re.compile("|".join(map(re.escape, sorted(token_of.values(), key=len, reverse=True))))
-        found = list(pattern.finditer(text))
+        matches = list(pattern.finditer(text))
         expected = [token_of[kind] for kind in kinds]
-        tokens = [match.group() for match in found]
+        tokens = [match.group() for match in matches]
         if len(tokens) != len(expected):
             raise ValueError(
                 f"it has {len(expected)} image(s) and videos, but {self} writes the token of images or videos "
@@ -219,8 +219,8 @@ class AutoTemplate:
         pieces: list[str] = []
         edges: list[int] = []
         shifts, done = [0], 0
-        for match, kind, visual in zip(found, kinds, visuals, strict=True):
-            before, after = self._repeated(kind, visual)
+        for match, kind, visual in zip(matches, kinds, visuals, strict=True):
+            before, after = self._num_repeated(kind, visual)
             start, end = match.start() - before, match.end() + after
             if text[start : match.start()] != visual[:before] or not visual.endswith(text[match.end() : end]):
                 raise ValueError(f"{self} writes different texts around its images; {_OTHERWISE}")
@@ -228,14 +228,14 @@ class AutoTemplate:
             edges.append(end)
             shifts.append(shifts[-1] + len(visual) - (end - start))
             done = end
-        # No answer contains an image, so each place is before or after a whole visual.
-        moved = [place + shifts[bisect_right(edges, place)] for place in places]
+        # No answer contains an image, so each offset is before or after a whole visual.
+        moved = [offset + shifts[bisect_right(edges, offset)] for offset in offsets]
         return "".join([*pieces, text[done:]]), moved, list(visuals)
 
-    def _repeated(self, kind: str, visual: str) -> Span:
+    def _num_repeated(self, kind: str, visual: str) -> Span:
         """Number of characters before and after the token that the template writes and ``visual`` repeats."""
         if kind not in self._around:
-            self._around[kind] = self._written(kind)
+            self._around[kind] = self._text_around(kind)
         before, after = self._around[kind]
         tokens = [re.escape(token) for token in self.tokens.values()]
         runs = list(re.finditer("|".join(tokens), visual))
@@ -245,7 +245,7 @@ class AutoTemplate:
         one_side = bool(head) and bool(tail) and not (left and right)  # Qwen3-VL: markers around each frame
         return (0, 0) if one_side else (left, right)
 
-    def _written(self, kind: str) -> tuple[str, str]:
+    def _text_around(self, kind: str) -> tuple[str, str]:
         """The text that the template writes directly before and after the token of an image or a video."""
         turn = Turn("user", f"{_LEFT}{kind}{_RIGHT}")
         message = message_of(turn, self.content, VISUAL if kind == VIDEO else IMAGE_MARK, self.tokens)
@@ -357,13 +357,13 @@ def _messages(texts: Sequence[str], kind: str) -> list[Message]:
     return [{"role": ("user", "assistant")[n % 2], "content": _content(text, kind)} for n, text in enumerate(texts)]
 
 
-def _joined(marked: Sequence[Span], text: str, template: AutoTemplate) -> list[Span]:
+def _merge_spans(marked: Sequence[Span], text: str, template: AutoTemplate) -> list[Span]:
     """The spans that a template marks, adjacent ones joined, without trailing whitespace and empty ones."""
     spans: list[Span] = []
     for start, end in marked:
         if start < (spans[-1][1] if spans else 0) or end > len(text):
             raise ValueError(
-                f"{template} has {{% generation %}} inside another block, so its marks have wrong places; {_OTHERWISE}"
+                f"{template} has {{% generation %}} inside another block, so its marks have wrong offsets; {_OTHERWISE}"
             )
         if spans and spans[-1][1] == start:
             start = spans.pop()[0]

@@ -50,27 +50,29 @@ def build_encoder(
 
 
 def open_auto_template(
-    tokenizer: PreTrainedTokenizerBase, loop: Loop, place: str, *, offline: bool = False, videos: bool = False
+    tokenizer: PreTrainedTokenizerBase, loop: Loop, checkpoint: str, *, offline: bool = False, videos: bool = False
 ) -> AutoTemplate:
     """The chat template of a checkpoint of this family: that of its processor, or else of its tokenizer.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
         loop: describes the family's tokens.
-        place: the folder or hub id that it was opened from.
+        checkpoint: the folder or hub id that it was opened from.
         offline: do not access the hub (dry runs).
         videos: the data has videos.
 
     Raises:
         ValueError: there is none, or it cannot be used.
     """
-    source = processor_chat_template(place, offline=offline) or saved_chat_template(tokenizer, place, offline=offline)
+    source = processor_chat_template(checkpoint, offline=offline) or saved_chat_template(
+        tokenizer, checkpoint, offline=offline
+    )
     if source is None:
         raise ValueError(
-            f"data.template={AUTO}: {place} has no chat template; save the checkpoint's chat_template.jinja in this "
-            f"folder, or use a named template: {', '.join(TEMPLATES)}"
+            f"data.template={AUTO}: {checkpoint} has no chat template; save the checkpoint's chat_template.jinja "
+            f"in this folder, or use a named template: {', '.join(TEMPLATES)}"
         )
-    return AutoTemplate(source, tokenizer, place, loop.image_token, loop.video_token if videos else "")
+    return AutoTemplate(source, tokenizer, checkpoint, loop.image_token, loop.video_token if videos else "")
 
 
 def carry(processor: Any, source: str) -> None:

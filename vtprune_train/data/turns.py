@@ -36,7 +36,7 @@ class Turn:
         return bool(self.fields) and PREFIX in json.loads(self.fields)
 
 
-def joined(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
+def join_prefixes(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
     """Join prefixes of answers with the turns that continue them.
 
     Returns:

@@ -25,7 +25,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.data.templates import build_encoder, carry, open_auto_template, stop_where_answers_end
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, joined
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, join_prefixes
 from vtprune_train.data.videos import is_video_name
 from vtprune_train.evaluation.videos import video_processor
 from vtprune_train.models import HFModule
@@ -329,7 +329,7 @@ def _continued(turns: Sequence[Turn]) -> list[Turn]:
     """The turns without tools; prefixes of answers are joined with what continues them, or are the last turn."""
     spoken = [turn for turn in turns if turn.role != TOOLS]
     last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
-    return joined([*spoken, *last])[0]
+    return join_prefixes([*spoken, *last])[0]
 
 
 def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.Image], list[DecodedVideo]]:
@@ -412,14 +412,14 @@ def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> lis
     Raises:
         ValueError: see :func:`prompt_text`.
     """
-    said = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for group in batchable(loaded, prompts):
         inputs = batch(loaded, [prompts[index] for index in group])
         with torch.inference_mode():
             sequences = loaded.model.generate(**inputs, **{**GREEDY, **padding(loaded), **generation})
         for index, answer in zip(group, decoded(loaded, inputs, sequences), strict=True):
-            said[index] = answer
-    return said
+            texts[index] = answer
+    return texts
 
 
 def padding(loaded: Loaded) -> dict[str, Any]:
