@@ -322,6 +322,32 @@ def test_the_prefix_of_an_answer_is_not_supervised(name):
     assert "continues an assistant turn" in normalize({"messages": messages[:2]}, "x", chat=True).error
 
 
+def test_a_prefix_has_no_other_fields():
+    """They would be left out, or come before the prefix and be part of the prompt."""
+    first, last = ({"role": "assistant", "content": text} for text in ("A red", " cat."))
+    asked = {"role": "user", "content": "What?"}
+    for fields in ({"reasoning_content": "I see."}, {"tool_calls": [CALL]}):
+        error = normalize({"messages": [asked, {**first, "prefix": True, **fields}, last]}, "x", chat=True).error
+        assert f"it has 'prefix' and {next(iter(fields))!r}: " in error and "(turn 2)" in error
+    late = normalize({"messages": [asked, {**first, "prefix": True}, {**last, "thinking": "I see."}]}, "x", chat=True)
+    with pytest.raises(ValueError, match="turn 2 continues the prefix 'A red' and has reasoning_content"):
+        qwen_encoder(chat_templates.QWEN3).encode(late.turns)
+    calls = normalize({"messages": [asked, {**first, "prefix": True}, {**last, "tool_calls": [CALL]}]}, "x", chat=True)
+    [answer] = supervised(qwen_encoder(chat_templates.QWEN3), list(calls.turns))
+    assert answer.startswith("cat.\n<tool_call>")
+
+
+def test_a_field_that_is_not_json_is_named():
+    for record, names in (
+        ({"tools": [{"name": b"zoom"}]}, "a value in 'tools' cannot be written as JSON"),
+        ({"tool_calls": [{"name": b"zoom"}]}, "a value in 'tool_calls' cannot be written as JSON"),
+    ):
+        answer = {"role": "assistant", "content": "x", "tool_calls": record.pop("tool_calls", None)}
+        assert (
+            names in normalize({**record, "messages": [{"role": "user", "content": "x"}, answer]}, "x", chat=True).error
+        )
+
+
 class FakeProcessor:
     """A processor with the template and tokenizer of an encoder."""
 

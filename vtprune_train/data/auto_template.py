@@ -20,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vtprune_train.core.stream import IMAGE, VIDEO
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn, join_prefixes
+from vtprune_train.data.turns import IMAGE_MARK, REASONING, TOOLS, VISUAL, Turn, join_prefixes
 
 AUTO = "auto"
 MOST_ANSWERS = 256  # formatting a conversation takes time quadratic in its answers
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 NO_PREFIXES: Mapping[int, str] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LEFT, _RIGHT = "\ue000", "\ue001"  # private use: around a probe, whose offset is looked for
