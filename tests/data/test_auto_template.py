@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL
+from vtprune_train.data.turns import IMAGE_MARK, REASONING, TOOLS, VISUAL
 from vtprune_train.evaluation.answering import answers, load, prompt_text, write_prompt
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_torchvision
@@ -248,6 +249,79 @@ def test_tools_calls_and_results():
     assert normalize(as_text, "x", chat=True) == read
     with pytest.raises(ValueError, match="it has reasoning_content, which the chat template of here does not"):
         qwen_encoder(chat_templates.QWEN2_5_VL).encode(read.turns)
+
+
+REASONED = [Turn("user", "Two dogs?"), thinking("No.", "I see a cat.")]
+CALLED = [Turn("user", "Two dogs?"), Turn("assistant", "Let me see.", json.dumps({"tool_calls": [CALL, CALL]}))]
+LISTED = [Turn(TOOLS, json.dumps([TOOL])), Turn("user", "Two dogs?"), Turn("assistant", "No.")]
+THOUGHT = Turn("assistant", "<think>Hm.</think>No.")
+PROSE = (
+    "{# tools, tool_calls, reasoning_content #}{{- 'You have no tools: make no tool_calls, no reasoning.' -}}"
+    + chat_templates.QWEN2_5_VL
+)
+ONE_CALL = chat_templates.QWEN3.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
+
+
+@pytest.mark.parametrize(
+    "source, turns, what",
+    [
+        (PROSE, REASONED, "it has reasoning_content, which the chat template of here does not write"),
+        (PROSE, CALLED, "it has a call in tool_calls of turn 2, which the chat template of here does not write"),
+        (PROSE, LISTED, "it has tools, which the chat template of here does not write"),
+        (ONE_CALL, CALLED, "it has a call in tool_calls of turn 2"),
+    ],
+    ids=["reasoning", "calls", "tools", "second call"],
+)
+def test_fields_that_a_template_does_not_write_are_refused(source, turns, what):
+    """Also if their names are in its prose; in prompts of `vtprune eval` too."""
+    with pytest.raises(ValueError, match=what):
+        qwen_encoder(source).encode(turns)
+    encoder = qwen_encoder(chat_templates.QWEN3)
+    encoder.template.source = source
+    with pytest.raises(ValueError, match=what.replace("the chat template of here", "the model's chat template")):
+        write_prompt(FakeProcessor(encoder), "parts", 0, [*turns, Turn("user", "And now?")])
+
+
+def test_reasoning_has_the_name_that_the_template_reads(monkeypatch):
+    """Some versions of transformers copy it to the other names."""
+    module = "transformers.utils.chat_template_utils"
+    monkeypatch.setattr(f"{module}._alias_reasoning_fields", lambda chat: chat, raising=False)
+    for name in REASONING:
+        encoder = qwen_encoder(chat_templates.QWEN3.replace("message.reasoning_content", f"message.{name}"))
+        assert supervised(encoder, REASONED) == ["<think>\nI see a cat.\n</think>\n\nNo.<|im_end|>"]
+        called = [
+            REASONED[0],
+            replace(CALLED[1], fields=json.dumps({"tool_calls": [CALL], "reasoning_content": "Hm."})),
+        ]
+        prompt = write_prompt(FakeProcessor(encoder), "parts", 0, [*called, Turn("tool", "A cat.")])
+        assert "<think>\nHm.\n</think>" in prompt
+
+
+@pytest.mark.parametrize(
+    "answer, turns, what",
+    [
+        ("{%- if not message.tool_calls -%}{{- content -}}{%- endif -%}", CALLED, "the text"),
+        ("{{- content[:3] -}}", CALLED, "the text"),
+        ("{{- content.split('</think>')[-1] -}}", [REASONED[0], THOUGHT], "the reasoning"),
+        ("{{- (message.reasoning_content or '')[:3] ~ content -}}", REASONED, "the reasoning"),
+    ],
+    ids=["calls only", "shortened", "no reasoning", "shortened reasoning"],
+)
+def test_an_answer_that_a_template_leaves_out_is_refused(answer, turns, what):
+    with pytest.raises(ValueError, match=f"leaves out or changes {what} of turn 2"):
+        qwen_encoder(chat_templates.qwen3_with(answer)).encode(turns)
+
+
+def test_a_prompt_that_the_template_does_not_accept_is_an_error_of_the_record():
+    """A template may go through the items of arguments, which are text in some records."""
+    source = chat_templates.QWEN3.replace("function.arguments if function.arguments is string else", "")
+    encoder = qwen_encoder(source.replace("function.arguments | tojson", "function.arguments | items | list | tojson"))
+    call = {"function": {"name": "zoom", "arguments": '{"left": 1}'}}
+    turns = [CALLED[0], Turn("assistant", "", json.dumps({"tool_calls": [call]})), Turn("tool", "A cat.")]
+    with pytest.raises(ValueError, match="refuses it"):
+        encoder.encode([*turns, Turn("assistant", "No.")])
+    with pytest.raises(ValueError, match="the model's chat template rejects this conversation"):
+        write_prompt(FakeProcessor(encoder), "parts", 0, turns)
 
 
 def test_records_are_refused_without_auto_and_say_what_takes_them():

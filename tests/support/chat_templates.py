@@ -57,7 +57,8 @@ _REASONING = (
 )
 
 
-def _qwen3(answer: str, prompts: str = _PROMPTS) -> str:
+def qwen3_with(answer: str, prompts: str = _PROMPTS) -> str:
+    """The template of Qwen3 with another text of answers (``content`` is set) and other prompts."""
     return (
         f"{_CONTENT}{_TOOLS}{_LAST_QUESTION}{{%- for message in messages -%}}"
         "{%- set content = written(message.content) -%}"
@@ -67,11 +68,11 @@ def _qwen3(answer: str, prompts: str = _PROMPTS) -> str:
     )
 
 
-QWEN3_VL = _qwen3("{{- content -}}")
+QWEN3_VL = qwen3_with("{{- content -}}")
 # Qwen3 writes the reasoning of answers after the last question only.
-QWEN3 = _qwen3(_REASONING)
+QWEN3 = qwen3_with(_REASONING)
 # The prompts of thinking-only checkpoints already open the reasoning.
-QWEN3_VL_THINKING = _qwen3(_REASONING, _PROMPTS.replace("assistant\\n", "assistant\\n<think>\\n"))
+QWEN3_VL_THINKING = qwen3_with(_REASONING, _PROMPTS.replace("assistant\\n", "assistant\\n<think>\\n"))
 
 _IMAGES_FIRST = (
     "{%- for part in message.content | selectattr('type', 'equalto', 'image') -%}{{- '<image>\\n' -}}{%- endfor -%}"

@@ -8,9 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vtprune_train.data.fields import is_empty
-from vtprune_train.data.turns import PREFIX, REASONING, TOOLS, Turn
-
-CALLS = "tool_calls"
+from vtprune_train.data.turns import CALLS, PREFIX, REASONING, TOOLS, Turn
 
 
 def message_fields(message: Mapping[str, Any], role: str, ignore: Collection[str]) -> str:

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
+from vtprune_train.data.template_fields import RENDER_ERRORS
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Loop, required
 from vtprune_train.models.io.processors import processor_chat_template, read_settings
@@ -198,7 +198,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> 
     messages = [{"role": role, "content": turn} for role, turn in contents]
     try:
         return tokenizer.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError) as error:
+    except RENDER_ERRORS as error:
         log.debug("the chat template does not take %s: %s", type(content).__name__, error)
         return None
 

@@ -12,6 +12,7 @@ from vtprune_train.core.stream import IMAGE, VIDEO
 IMAGE_MARK, VISUAL = re.compile(re.escape(IMAGE)), re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 PREFIX = "prefix"  # field of an assistant turn that the next assistant turn continues
+CALLS = "tool_calls"
 TOOLS = "tools"  # role of a turn that lists the tools of the conversation
 
 
