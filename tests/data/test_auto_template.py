@@ -41,6 +41,7 @@ from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
 from vtprune_train.data.turns import IMAGE_MARK, REASONING, TOOLS, VISUAL
 from vtprune_train.evaluation.answering import answers, load, prompt_text, write_prompt
+from vtprune_train.evaluation.questions import read_questions
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_torchvision
 
@@ -324,6 +325,15 @@ def test_a_prompt_that_the_template_does_not_accept_is_an_error_of_the_record():
         write_prompt(FakeProcessor(encoder), "parts", 0, turns)
 
 
+def test_answers_that_call_tools_are_not_compared_in_an_evaluation(tmp_path):
+    """Their text, often empty, is not what the model generates."""
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "x", **WITH_TOOLS}]))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    [question], left_out = read_questions(tmp_path / "a.json", tmp_path, chat=True)
+    assert question.reference == "The cat." and len(question.turns) == 5
+    assert left_out == [("x", "turn(s) 3 call tools; only answers in text are compared")]
+
+
 def test_records_are_refused_without_auto_and_say_what_takes_them():
     for record, field in (
         (WITH_TOOLS, "tool_calls"),
@@ -549,7 +559,8 @@ def test_a_run_trains_exports_and_answers_with_the_checkpoints_template(tmp_path
     asked = subprocess.run(
         [BIN / "vtprune", "eval", *options, *images], capture_output=True, text=True, env=runs.environment()
     )
-    assert asked.returncode == 0 and "2 answers" in asked.stdout, asked.stderr
+    assert asked.returncode == 0 and "1 answers" in asked.stdout, asked.stderr
+    assert "1 sample(s) left out, wholly or in part" in asked.stdout
     loaded = load(str(runs.directory("auto")), device="cpu")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in loaded.model.generation_config.eos_token_id
     prompt = prompt_text(loaded, 1, f"{IMAGE}\nwhat is here ?")

@@ -37,6 +37,10 @@ class Turn:
         """Whether the next turn continues this one, which is then not supervised."""
         return bool(self.fields) and PREFIX in json.loads(self.fields)
 
+    @property
+    def calls_tools(self) -> bool:
+        return bool(self.fields) and CALLS in json.loads(self.fields)
+
 
 def join_prefixes(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
     """Join prefixes of answers with the turns that continue them.
