@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +34,10 @@ from tests.support.families import _WithoutVideo
 from tests.support.family_runs import FamilyRuns
 from tests.support.runner import BIN
 from tests.support.tokenizers_made import TOKENIZERS
+from vtprune_train.config.inherit import read_settings
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AutoTemplate, message_of
-from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn
+from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
@@ -45,6 +47,7 @@ from vtprune_train.evaluation.questions import read_questions
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_torchvision
 
+ROOT = Path(__file__).parents[2]
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 WRAPPED = f"<|vision_start|>{IMAGE}<|vision_end|>"
@@ -150,8 +153,11 @@ def processor_ids(name: str, encoder: ChatEncoder, turns: list[Turn]) -> list[in
         for part in message["content"]:
             part.update({"image": picture} if part["type"] == "image" else {})
     made = processor.apply_chat_template(messages, chat_template=encoder.template.source, tokenize=True)
-    ids = made[0] if isinstance(made[0], list) else made
-    image = encoder.image_token_id
+    return without_repeats(made[0] if isinstance(made[0], list) else made, encoder.image_token_id)
+
+
+def without_repeats(ids: list[int], image: int) -> list[int]:
+    """``ids`` with one image token for each run of them."""
     return [token for place, token in enumerate(ids) if token != image or place == 0 or ids[place - 1] != image]
 
 
@@ -215,6 +221,45 @@ def test_a_prompt_that_opens_the_reasoning_is_not_supervised():
     assert supervised(encoder, one) == ["I see a cat.\n</think>\n\nNo.<|im_end|>"]
     with pytest.raises(ValueError, match="writes turn 2 after another text than the prompt it gives for it"):
         encoder.encode([*one, Turn("user", "And that?"), thinking("Yes.", "It is red.")])
+
+
+def test_qwen3_5_takes_plain_conversations_by_the_template_of_its_recipe():
+    """Each answer follows the checkpoint's prompt without thinking, and exports write the same."""
+    settings, _, _ = read_settings(ROOT / "configs" / "qwen3_5_pdrop.yaml")
+    tokenizer = tokenizer_of(FAMILIES["qwen3_vl"]._replace(added=(*QWEN, "<think>", "</think>")))
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    encoder = ChatEncoder(tokenizer, get_template(settings["data"]["template"]), image, placeholder=WRAPPED)
+    assert supervised(encoder, TURNS) == [body + "<|im_end|>" for body in BODIES]
+    source = written_by(encoder, trained_family("qwen3_5", "x")[1])
+    messages = [message_of(turn, "text", IMAGE_MARK, {IMAGE: "<|image_pad|>"}) for turn in TURNS]
+    write = partial(tokenizer.apply_chat_template, tokenize=False)
+    chat = encoder.encode(TURNS)
+    processor = processor_of("qwen3_vl", tokenizer)
+    made = processor(images=[Image.new("RGB", (60, 40))] * 2, text=write(messages, chat_template=source))
+    [ids] = made["input_ids"]
+    assert chat.input_ids.tolist() == without_repeats(ids, image), "those of exports"
+    for start, number in zip(chat.answer_starts, (2, 4), strict=True):
+        prompt = write(messages[:number], chat_template=source, add_generation_prompt=True)
+        assert chat.input_ids[:start].tolist() == tokenizer.encode(prompt)
+    messages[1]["content"] = [{"type": "image"}, {"type": "text", "text": "\nWhat is this?"}]
+    published = partial(write, chat_template=chat_templates.QWEN3_5, enable_thinking=False)
+    one = encoder.encode(TURNS[:3])
+    prompt = published(messages[:2], add_generation_prompt=True)
+    assert one.input_ids[: one.answer_starts[0]].tolist() == tokenizer.encode(prompt)
+    assert tokenizer.decode(one.input_ids) + "\n" == published(messages[:3])
+
+
+def test_qwen3_5_takes_reasoning_and_tools_by_its_chat_template():
+    encoder = qwen_encoder(chat_templates.QWEN3_5)
+    assert supervised(encoder, REASONED) == ["I see a cat.\n</think>\n\nNo.<|im_end|>"]
+    called, answered = supervised(encoder, [*CALLED, Turn("tool", "A cat."), thinking("No.", "It is a cat.")])
+    call = "<tool_call>\n<function=zoom>\n<parameter=left>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert called == f"\n</think>\n\nLet me see.\n\n{call}\n{call}<|im_end|>"
+    assert answered == "It is a cat.\n</think>\n\nNo.<|im_end|>"
+    with pytest.raises(ValueError, match="writes turn 3 after another text than the prompt"):
+        encoder.encode(TURNS)
+    [warning] = misfits(encoder, None, "model.path=here")
+    assert "writes <think> in prompts, so it fits records with one question and reasoning" in warning
 
 
 TOOL = {"type": "function", "function": {"name": "zoom", "description": "Zoom in", "parameters": {}}}

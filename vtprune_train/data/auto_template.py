@@ -94,6 +94,11 @@ class AutoTemplate:
         return text.partition(PROBE)[2].rstrip()
 
     @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether a prompt opens the reasoning of its answer."""
+        return self._text(messages_of(["a"], self.content), None, True).rstrip().endswith("<think>")
+
+    @cached_property
     def supervises_ending(self) -> bool:
         """Whether the last answer's labels contain its ending."""
         text, spans = self.locate(messages_of(["a", PROBE], self.content), None)

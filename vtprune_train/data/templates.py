@@ -135,6 +135,11 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
                 f"{template} {'marks answers without ' + repr(template.ending) if template.ending else 'ends answers'}"
                 f"{'' if template.ending else ' with no token'}, so training does not teach the model to stop there"
             )
+        if template.opens_reasoning:
+            yield (
+                f"{template} writes <think> in prompts, so it fits records with one question and reasoning in the "
+                "answer. For other records write a custom template, as in configs/qwen3_5_pdrop.yaml"
+            )
         return
     name = template.name
     parts = (template.system, template.user, template.assistant, template.answer, template.separator)
