@@ -31,6 +31,14 @@ def test_a_recipe_resolves_to_the_settings_of_version_0_1_0(path):
     assert without_new_keys(now, then) == then
 
 
+QWEN3_5 = {
+    "system": "<|im_start|>system\n{text}<|im_end|>\n",
+    "user": "<|im_start|>user\n{text}<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "answer": "{text}<|im_end|>",
+    "separator": "\n",
+    "bos": False,
+}
 DIFFERENCES = {
     "qwen3_vl_pdrop": {
         "model": {"path": "Qwen/Qwen3-VL-8B-Instruct", "max_pixels": 1310720},
@@ -42,7 +50,7 @@ DIFFERENCES = {
     },
     "qwen3_5_pdrop": {
         "model": {"path": "Qwen/Qwen3.5-9B", "max_pixels": 1310720},
-        "data": {"template": "auto"},
+        "data": {"template": QWEN3_5},
         "pruning": {"layers": [7, 15, 23]},
     },
 }

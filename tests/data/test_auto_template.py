@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,17 +34,20 @@ from tests.support.families import _WithoutVideo
 from tests.support.family_runs import FamilyRuns
 from tests.support.runner import BIN
 from tests.support.tokenizers_made import TOKENIZERS
+from vtprune_train.config.inherit import read_settings
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AutoTemplate, message_of
-from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn
+from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL
+from vtprune_train.data.turns import IMAGE_MARK, REASONING, TOOLS, VISUAL
 from vtprune_train.evaluation.answering import answers, load, prompt_text, write_prompt
+from vtprune_train.evaluation.questions import read_questions
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_torchvision
 
+ROOT = Path(__file__).parents[2]
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 WRAPPED = f"<|vision_start|>{IMAGE}<|vision_end|>"
@@ -148,8 +153,11 @@ def processor_ids(name: str, encoder: ChatEncoder, turns: list[Turn]) -> list[in
         for part in message["content"]:
             part.update({"image": picture} if part["type"] == "image" else {})
     made = processor.apply_chat_template(messages, chat_template=encoder.template.source, tokenize=True)
-    ids = made[0] if isinstance(made[0], list) else made
-    image = encoder.image_token_id
+    return without_repeats(made[0] if isinstance(made[0], list) else made, encoder.image_token_id)
+
+
+def without_repeats(ids: list[int], image: int) -> list[int]:
+    """``ids`` with one image token for each run of them."""
     return [token for place, token in enumerate(ids) if token != image or place == 0 or ids[place - 1] != image]
 
 
@@ -215,6 +223,45 @@ def test_a_prompt_that_opens_the_reasoning_is_not_supervised():
         encoder.encode([*one, Turn("user", "And that?"), thinking("Yes.", "It is red.")])
 
 
+def test_qwen3_5_takes_plain_conversations_by_the_template_of_its_recipe():
+    """Each answer follows the checkpoint's prompt without thinking, and exports write the same."""
+    settings, _, _ = read_settings(ROOT / "configs" / "qwen3_5_pdrop.yaml")
+    tokenizer = tokenizer_of(FAMILIES["qwen3_vl"]._replace(added=(*QWEN, "<think>", "</think>")))
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    encoder = ChatEncoder(tokenizer, get_template(settings["data"]["template"]), image, placeholder=WRAPPED)
+    assert supervised(encoder, TURNS) == [body + "<|im_end|>" for body in BODIES]
+    source = written_by(encoder, trained_family("qwen3_5", "x")[1])
+    messages = [message_of(turn, "text", IMAGE_MARK, {IMAGE: "<|image_pad|>"}) for turn in TURNS]
+    write = partial(tokenizer.apply_chat_template, tokenize=False)
+    chat = encoder.encode(TURNS)
+    processor = processor_of("qwen3_vl", tokenizer)
+    made = processor(images=[Image.new("RGB", (60, 40))] * 2, text=write(messages, chat_template=source))
+    [ids] = made["input_ids"]
+    assert chat.input_ids.tolist() == without_repeats(ids, image), "those of exports"
+    for start, number in zip(chat.answer_starts, (2, 4), strict=True):
+        prompt = write(messages[:number], chat_template=source, add_generation_prompt=True)
+        assert chat.input_ids[:start].tolist() == tokenizer.encode(prompt)
+    messages[1]["content"] = [{"type": "image"}, {"type": "text", "text": "\nWhat is this?"}]
+    published = partial(write, chat_template=chat_templates.QWEN3_5, enable_thinking=False)
+    one = encoder.encode(TURNS[:3])
+    prompt = published(messages[:2], add_generation_prompt=True)
+    assert one.input_ids[: one.answer_starts[0]].tolist() == tokenizer.encode(prompt)
+    assert tokenizer.decode(one.input_ids) + "\n" == published(messages[:3])
+
+
+def test_qwen3_5_takes_reasoning_and_tools_by_its_chat_template():
+    encoder = qwen_encoder(chat_templates.QWEN3_5)
+    assert supervised(encoder, REASONED) == ["I see a cat.\n</think>\n\nNo.<|im_end|>"]
+    called, answered = supervised(encoder, [*CALLED, Turn("tool", "A cat."), thinking("No.", "It is a cat.")])
+    call = "<tool_call>\n<function=zoom>\n<parameter=left>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert called == f"\n</think>\n\nLet me see.\n\n{call}\n{call}<|im_end|>"
+    assert answered == "It is a cat.\n</think>\n\nNo.<|im_end|>"
+    with pytest.raises(ValueError, match="writes turn 3 after another text than the prompt"):
+        encoder.encode(TURNS)
+    [warning] = misfits(encoder, None, "model.path=here")
+    assert "writes <think> in prompts, so it fits records with one question and reasoning" in warning
+
+
 TOOL = {"type": "function", "function": {"name": "zoom", "description": "Zoom in", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "zoom", "arguments": {"left": 1}}}
 WITH_TOOLS = {
@@ -248,6 +295,88 @@ def test_tools_calls_and_results():
     assert normalize(as_text, "x", chat=True) == read
     with pytest.raises(ValueError, match="it has reasoning_content, which the chat template of here does not"):
         qwen_encoder(chat_templates.QWEN2_5_VL).encode(read.turns)
+
+
+REASONED = [Turn("user", "Two dogs?"), thinking("No.", "I see a cat.")]
+CALLED = [Turn("user", "Two dogs?"), Turn("assistant", "Let me see.", json.dumps({"tool_calls": [CALL, CALL]}))]
+LISTED = [Turn(TOOLS, json.dumps([TOOL])), Turn("user", "Two dogs?"), Turn("assistant", "No.")]
+THOUGHT = Turn("assistant", "<think>Hm.</think>No.")
+PROSE = (
+    "{# tools, tool_calls, reasoning_content #}{{- 'You have no tools: make no tool_calls, no reasoning.' -}}"
+    + chat_templates.QWEN2_5_VL
+)
+ONE_CALL = chat_templates.QWEN3.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
+
+
+@pytest.mark.parametrize(
+    "source, turns, what",
+    [
+        (PROSE, REASONED, "it has reasoning_content, which the chat template of here does not write"),
+        (PROSE, CALLED, "it has a call in tool_calls of turn 2, which the chat template of here does not write"),
+        (PROSE, LISTED, "it has tools, which the chat template of here does not write"),
+        (ONE_CALL, CALLED, "it has a call in tool_calls of turn 2"),
+    ],
+    ids=["reasoning", "calls", "tools", "second call"],
+)
+def test_fields_that_a_template_does_not_write_are_refused(source, turns, what):
+    """Also if their names are in its prose; in prompts of `vtprune eval` too."""
+    with pytest.raises(ValueError, match=what):
+        qwen_encoder(source).encode(turns)
+    encoder = qwen_encoder(chat_templates.QWEN3)
+    encoder.template.source = source
+    with pytest.raises(ValueError, match=what.replace("the chat template of here", "the model's chat template")):
+        write_prompt(FakeProcessor(encoder), "parts", 0, [*turns, Turn("user", "And now?")])
+
+
+def test_reasoning_has_the_name_that_the_template_reads(monkeypatch):
+    """Some versions of transformers copy it to the other names."""
+    module = "transformers.utils.chat_template_utils"
+    monkeypatch.setattr(f"{module}._alias_reasoning_fields", lambda chat: chat, raising=False)
+    for name in REASONING:
+        encoder = qwen_encoder(chat_templates.QWEN3.replace("message.reasoning_content", f"message.{name}"))
+        assert supervised(encoder, REASONED) == ["<think>\nI see a cat.\n</think>\n\nNo.<|im_end|>"]
+        called = [
+            REASONED[0],
+            replace(CALLED[1], fields=json.dumps({"tool_calls": [CALL], "reasoning_content": "Hm."})),
+        ]
+        prompt = write_prompt(FakeProcessor(encoder), "parts", 0, [*called, Turn("tool", "A cat.")])
+        assert "<think>\nHm.\n</think>" in prompt
+
+
+@pytest.mark.parametrize(
+    "answer, turns, what",
+    [
+        ("{%- if not message.tool_calls -%}{{- content -}}{%- endif -%}", CALLED, "the text"),
+        ("{{- content[:3] -}}", CALLED, "the text"),
+        ("{{- content.split('</think>')[-1] -}}", [REASONED[0], THOUGHT], "the reasoning"),
+        ("{{- (message.reasoning_content or '')[:3] ~ content -}}", REASONED, "the reasoning"),
+    ],
+    ids=["calls only", "shortened", "no reasoning", "shortened reasoning"],
+)
+def test_an_answer_that_a_template_leaves_out_is_refused(answer, turns, what):
+    with pytest.raises(ValueError, match=f"leaves out or changes {what} of turn 2"):
+        qwen_encoder(chat_templates.qwen3_with(answer)).encode(turns)
+
+
+def test_a_prompt_that_the_template_does_not_accept_is_an_error_of_the_record():
+    """A template may go through the items of arguments, which are text in some records."""
+    source = chat_templates.QWEN3.replace("function.arguments if function.arguments is string else", "")
+    encoder = qwen_encoder(source.replace("function.arguments | tojson", "function.arguments | items | list | tojson"))
+    call = {"function": {"name": "zoom", "arguments": '{"left": 1}'}}
+    turns = [CALLED[0], Turn("assistant", "", json.dumps({"tool_calls": [call]})), Turn("tool", "A cat.")]
+    with pytest.raises(ValueError, match="refuses it"):
+        encoder.encode([*turns, Turn("assistant", "No.")])
+    with pytest.raises(ValueError, match="the model's chat template rejects this conversation"):
+        write_prompt(FakeProcessor(encoder), "parts", 0, turns)
+
+
+def test_answers_that_call_tools_are_not_compared_in_an_evaluation(tmp_path):
+    """Their text, often empty, is not what the model generates."""
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "x", **WITH_TOOLS}]))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    [question], left_out = read_questions(tmp_path / "a.json", tmp_path, chat=True)
+    assert question.reference == "The cat." and len(question.turns) == 5
+    assert left_out == [("x", "turn(s) 3 call tools; only answers in text are compared")]
 
 
 def test_records_are_refused_without_auto_and_say_what_takes_them():
@@ -323,6 +452,32 @@ def test_the_prefix_of_an_answer_is_not_supervised(name):
         "is not followed by the assistant turn that continues it"
         in normalize({"messages": messages[:2]}, "x", chat=True).error
     )
+
+
+def test_a_prefix_has_no_other_fields():
+    """They would be left out, or come before the prefix and be part of the prompt."""
+    first, last = ({"role": "assistant", "content": text} for text in ("A red", " cat."))
+    asked = {"role": "user", "content": "What?"}
+    for fields in ({"reasoning_content": "I see."}, {"tool_calls": [CALL]}):
+        error = normalize({"messages": [asked, {**first, "prefix": True, **fields}, last]}, "x", chat=True).error
+        assert f"it has 'prefix' and {next(iter(fields))!r}: " in error and "(turn 2)" in error
+    late = normalize({"messages": [asked, {**first, "prefix": True}, {**last, "thinking": "I see."}]}, "x", chat=True)
+    with pytest.raises(ValueError, match="turn 2 continues the prefix 'A red' and has reasoning_content"):
+        qwen_encoder(chat_templates.QWEN3).encode(late.turns)
+    calls = normalize({"messages": [asked, {**first, "prefix": True}, {**last, "tool_calls": [CALL]}]}, "x", chat=True)
+    [answer] = supervised(qwen_encoder(chat_templates.QWEN3), list(calls.turns))
+    assert answer.startswith("cat.\n<tool_call>")
+
+
+def test_a_field_that_is_not_json_is_named():
+    for record, names in (
+        ({"tools": [{"name": b"zoom"}]}, "a value in 'tools' cannot be written as JSON"),
+        ({"tool_calls": [{"name": b"zoom"}]}, "a value in 'tool_calls' cannot be written as JSON"),
+    ):
+        answer = {"role": "assistant", "content": "x", "tool_calls": record.pop("tool_calls", None)}
+        assert (
+            names in normalize({**record, "messages": [{"role": "user", "content": "x"}, answer]}, "x", chat=True).error
+        )
 
 
 class FakeProcessor:
@@ -452,7 +607,8 @@ def test_a_run_trains_exports_and_answers_with_the_checkpoints_template(tmp_path
     asked = subprocess.run(
         [BIN / "vtprune", "eval", *options, *images], capture_output=True, text=True, env=runs.environment()
     )
-    assert asked.returncode == 0 and "2 answers" in asked.stdout, asked.stderr
+    assert asked.returncode == 0 and "1 answers" in asked.stdout, asked.stderr
+    assert "1 sample(s) left out, wholly or in part" in asked.stdout
     loaded = load(str(runs.directory("auto")), device="cpu")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in loaded.model.generation_config.eos_token_id
     prompt = prompt_text(loaded, 1, f"{IMAGE}\nwhat is here ?")

@@ -57,7 +57,8 @@ _REASONING = (
 )
 
 
-def _qwen3(answer: str, prompts: str = _PROMPTS) -> str:
+def qwen3_with(answer: str, prompts: str = _PROMPTS) -> str:
+    """The template of Qwen3 with another text of answers (``content`` is set) and other prompts."""
     return (
         f"{_CONTENT}{_TOOLS}{_LAST_QUESTION}{{%- for message in messages -%}}"
         "{%- set content = written(message.content) -%}"
@@ -67,11 +68,33 @@ def _qwen3(answer: str, prompts: str = _PROMPTS) -> str:
     )
 
 
-QWEN3_VL = _qwen3("{{- content -}}")
+QWEN3_VL = qwen3_with("{{- content -}}")
 # Qwen3 writes the reasoning of answers after the last question only.
-QWEN3 = _qwen3(_REASONING)
+QWEN3 = qwen3_with(_REASONING)
 # The prompts of thinking-only checkpoints already open the reasoning.
-QWEN3_VL_THINKING = _qwen3(_REASONING, _PROMPTS.replace("assistant\\n", "assistant\\n<think>\\n"))
+QWEN3_VL_THINKING = qwen3_with(_REASONING, _PROMPTS.replace("assistant\\n", "assistant\\n<think>\\n"))
+
+# Qwen3.5 writes <think> in every answer after the last question, and in prompts, unless they are to close it at once.
+_PARAMETERS = (
+    "{%- for name, value in function.arguments | items -%}{{- '<parameter=' ~ name ~ '>\\n' -}}"
+    "{{- value if value is string else value | tojson -}}{{- '\\n</parameter>\\n' -}}{%- endfor -%}"
+)
+_CALLS_3_5 = (
+    "{%- for call in message.tool_calls or [] -%}{%- set function = call.function or call -%}"
+    "{{- ('' if loop.first and not content else '\\n\\n' if loop.first else '\\n') -}}"
+    f"{{{{- '<tool_call>\\n<function=' ~ function.name ~ '>\\n' -}}}}{_PARAMETERS}"
+    "{{- '</function>\\n</tool_call>' -}}{%- endfor -%}"
+)
+_PROMPTS_3_5 = (
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{- '\\n</think>\\n\\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+)
+QWEN3_5 = (
+    qwen3_with(_REASONING.replace(" and (loop.last or reasoning)", ""), _PROMPTS_3_5)
+    .replace("set content = written(message.content)", "set content = written(message.content) | trim")
+    .replace(_CALLS, _CALLS_3_5)
+)
 
 _IMAGES_FIRST = (
     "{%- for part in message.content | selectattr('type', 'equalto', 'image') -%}{{- '<image>\\n' -}}{%- endfor -%}"

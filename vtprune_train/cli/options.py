@@ -78,7 +78,7 @@ def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
 
 def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of ``--data``, with the prompt texts of the run that trained the model, and ``(id, reason)`` of
-    malformed records."""
+    records of which something is left out."""
     data = Path(arguments.data)
     prompt = recorded_prompt(arguments.model, data)
     images, ignore = Path(arguments.images), arguments.ignore

@@ -15,21 +15,29 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vtprune_train.core.stream import IMAGE, VIDEO
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn, joined
+from vtprune_train.data.template_fields import (
+    LEFT,
+    PROBE,
+    RENDER_ERRORS,
+    RIGHT,
+    Message,
+    messages_of,
+    reasoning_name,
+    reasoning_of,
+    spoken_text,
+    text_content,
+    written_messages,
+)
+from vtprune_train.data.turns import IMAGE_MARK, REASONING, TOOLS, VISUAL, Turn, join_prefixes
 
 AUTO = "auto"
 MOST_ANSWERS = 256  # formatting a conversation takes time quadratic in its answers
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 NO_PREFIXES: Mapping[int, str] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_LEFT, _RIGHT = "\ue000", "\ue001"  # private-use characters around a probe that is searched for in the output
-_PROBE = f"{_LEFT}a{_RIGHT}"
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 
@@ -39,7 +47,7 @@ class AutoTemplate:
     Args:
         source: its Jinja source.
         tokenizer: gives the template its special tokens.
-        place: the folder or hub id of the checkpoint, for messages.
+        checkpoint: the folder or hub id of the checkpoint, for messages.
         image_token: the token that the template writes for an image, possibly with text around it.
         video_token: the token that the template writes for a video; ``<video>`` if empty.
 
@@ -50,9 +58,9 @@ class AutoTemplate:
     name = AUTO
 
     def __init__(
-        self, source: str, tokenizer: PreTrainedTokenizerBase, place: str, image_token: str, video_token: str = ""
+        self, source: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str, image_token: str, video_token: str = ""
     ):
-        self.source, self.tokenizer, self.place = source, tokenizer, place
+        self.source, self.tokenizer, self.checkpoint = source, tokenizer, checkpoint
         self.tokens = {IMAGE: image_token, VIDEO: video_token or VIDEO}
         self.is_marked = _GENERATION.search(source) is not None
         if "strftime_now" in source:
@@ -62,10 +70,10 @@ class AutoTemplate:
         if kind is None:
             raise ValueError(f"{self} outputs no {image_token} for an image; {_OTHERWISE}")
         self.content = kind
-        self._around = {IMAGE: self._written(IMAGE)}
+        self._around = {IMAGE: self._text_around(IMAGE)}
 
     def __str__(self) -> str:
-        return f"the chat template of {self.place}"
+        return f"the chat template of {self.checkpoint}"
 
     def __repr__(self) -> str:
         """Part of the key of cached lengths."""
@@ -75,20 +83,25 @@ class AutoTemplate:
     def bos(self) -> bool:
         """Whether texts start with the tokenizer's beginning-of-sequence token."""
         token = self.tokenizer.bos_token
-        return bool(token) and self._text(_messages([_PROBE], self.content), None, False).startswith(token)
+        return bool(token) and self._text(messages_of([PROBE], self.content), None, False).startswith(token)
 
     @cached_property
     def ending(self) -> str:
         """The text that ends an answer, without the whitespace after it."""
-        text = self._text(_messages(["a", _PROBE], self.content), None, False)
-        if text.count(_PROBE) != 1:
+        text = self._text(messages_of(["a", PROBE], self.content), None, False)
+        if text.count(PROBE) != 1:
             raise ValueError(f"{self} does not write the text of an assistant turn once; {_OTHERWISE}")
-        return text.partition(_PROBE)[2].rstrip()
+        return text.partition(PROBE)[2].rstrip()
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether a prompt opens the reasoning of its answer."""
+        return self._text(messages_of(["a"], self.content), None, True).rstrip().endswith("<think>")
 
     @cached_property
     def supervises_ending(self) -> bool:
         """Whether the last answer's labels contain its ending."""
-        text, spans = self.locate(_messages(["a", _PROBE], self.content), None)
+        text, spans = self.locate(messages_of(["a", PROBE], self.content), None)
         return bool(self.ending and spans) and text[slice(*spans[-1])].endswith(self.ending)
 
     def format(
@@ -108,16 +121,17 @@ class AutoTemplate:
             ValueError: the template rejects the conversation, changes the text of a prompt, leaves out or moves an
                 image, or the answers cannot be located exactly.
         """
-        spoken, prefixes = joined([turn for turn in turns if turn.role != TOOLS])
+        spoken, prefixes = join_prefixes([turn for turn in turns if turn.role != TOOLS])
         tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
-        self._check_fields(spoken, tools)
         messages = [message_of(turn, self.content, mark, self.tokens) for turn in spoken]
+        messages = written_messages(self._plain_text, messages, tools, lambda: self._reasoning_name, str(self))
         text, spans = self.locate(messages, tools, prefixes)
         for number, turn in enumerate(spoken):
             if turn.role != "assistant" and any(part.strip() not in text for part in mark.split(turn.text)):
                 raise ValueError(f"{self} leaves out or changes the text of {_turn(number)}; {_OTHERWISE}")
+        self._check_answers(spoken, text, spans, prefixes)
         kinds = [kind for turn in spoken if turn.role != "assistant" for kind in mark.findall(turn.text)]
-        return self._filled(text, [place for span in spans for place in span], kinds, visuals)
+        return self._filled(text, [offset for span in spans for offset in span], kinds, visuals)
 
     def locate(
         self, messages: Sequence[Message], tools: list[Any] | None, prefixes: Mapping[int, str] = NO_PREFIXES
@@ -126,7 +140,7 @@ class AutoTemplate:
         :meth:`format`."""
         if self.is_marked:
             text, marked = self._render(messages, tools, False, mask=True)
-            spans = _joined(marked, text, self)
+            spans = _merge_spans(marked, text, self)
             for number, prefix in prefixes.items():
                 start = self._start(messages, tools, number, text, prefix)
                 spans = [(max(a, start) if a < start <= b else a, b) for a, b in spans]
@@ -148,7 +162,7 @@ class AutoTemplate:
     def _start(self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str, prefix: str) -> int:
         """Where an answer starts after its prefix: the end of its prompt, which must be the beginning of ``text``."""
         if prefix:
-            begun = {**messages[number], "content": _content(prefix, self.content)}
+            begun = {**messages[number], "content": text_content(prefix, self.content)}
             prompt = self._render([*messages[:number], begun], tools, False, continues=True)[0]
         else:
             prompt = self._text(messages[:number], tools, True)
@@ -171,14 +185,14 @@ class AutoTemplate:
         up_to = self._text(messages[: number + 1], tools, False).rstrip()
         if text.startswith(up_to):
             return max(start, len(up_to))
-        probe = {**messages[number], "content": _content(prefix + _PROBE, self.content)}
+        probe = {**messages[number], "content": text_content(prefix + PROBE, self.content)}
         for name in REASONING:
             probe.pop(name, None)
         whole = self._text([*messages[:number], probe, *messages[number + 1 :]], tools, False)
         alone = self._text([*messages[:number], probe], tools, False)
-        after, ending = whole.partition(_PROBE)[2], alone.partition(_PROBE)[2]
-        before = whole.partition(_PROBE)[0]
-        if whole.count(_PROBE) != 1 or not text.endswith(after) or before[:start] != text[:start]:
+        after, ending = whole.partition(PROBE)[2], alone.partition(PROBE)[2]
+        before = whole.partition(PROBE)[0]
+        if whole.count(PROBE) != 1 or not text.endswith(after) or before[:start] != text[:start]:
             raise ValueError(
                 f"{self} changes other parts of the conversation with the text of {_turn(number)}, so the end of this "
                 f"answer cannot be located; {_OTHERWISE}"
@@ -200,15 +214,15 @@ class AutoTemplate:
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def _filled(
-        self, text: str, places: list[int], kinds: Sequence[str], visuals: Sequence[str]
+        self, text: str, offsets: list[int], kinds: Sequence[str], visuals: Sequence[str]
     ) -> tuple[str, list[int], list[str]]:
         """Replace the tokens of images and videos by ``visuals``. Like the family's processor, only replace the token,
         unless ``visuals`` repeat the text that the template writes around it."""
         token_of = {kind: self.tokens[kind] for kind in (IMAGE, *kinds)}
         pattern = re.compile("|".join(map(re.escape, sorted(token_of.values(), key=len, reverse=True))))
-        found = list(pattern.finditer(text))
+        matches = list(pattern.finditer(text))
         expected = [token_of[kind] for kind in kinds]
-        tokens = [match.group() for match in found]
+        tokens = [match.group() for match in matches]
         if len(tokens) != len(expected):
             raise ValueError(
                 f"it has {len(expected)} image(s) and videos, but {self} writes the token of images or videos "
@@ -219,8 +233,8 @@ class AutoTemplate:
         pieces: list[str] = []
         edges: list[int] = []
         shifts, done = [0], 0
-        for match, kind, visual in zip(found, kinds, visuals, strict=True):
-            before, after = self._repeated(kind, visual)
+        for match, kind, visual in zip(matches, kinds, visuals, strict=True):
+            before, after = self._num_repeated(kind, visual)
             start, end = match.start() - before, match.end() + after
             if text[start : match.start()] != visual[:before] or not visual.endswith(text[match.end() : end]):
                 raise ValueError(f"{self} writes different texts around its images; {_OTHERWISE}")
@@ -228,14 +242,14 @@ class AutoTemplate:
             edges.append(end)
             shifts.append(shifts[-1] + len(visual) - (end - start))
             done = end
-        # No answer contains an image, so each place is before or after a whole visual.
-        moved = [place + shifts[bisect_right(edges, place)] for place in places]
+        # No answer contains an image, so each offset is before or after a whole visual.
+        moved = [offset + shifts[bisect_right(edges, offset)] for offset in offsets]
         return "".join([*pieces, text[done:]]), moved, list(visuals)
 
-    def _repeated(self, kind: str, visual: str) -> Span:
+    def _num_repeated(self, kind: str, visual: str) -> Span:
         """Number of characters before and after the token that the template writes and ``visual`` repeats."""
         if kind not in self._around:
-            self._around[kind] = self._written(kind)
+            self._around[kind] = self._text_around(kind)
         before, after = self._around[kind]
         tokens = [re.escape(token) for token in self.tokens.values()]
         runs = list(re.finditer("|".join(tokens), visual))
@@ -245,27 +259,29 @@ class AutoTemplate:
         one_side = bool(head) and bool(tail) and not (left and right)  # Qwen3-VL: markers around each frame
         return (0, 0) if one_side else (left, right)
 
-    def _written(self, kind: str) -> tuple[str, str]:
+    def _text_around(self, kind: str) -> tuple[str, str]:
         """The text that the template writes directly before and after the token of an image or a video."""
-        turn = Turn("user", f"{_LEFT}{kind}{_RIGHT}")
+        turn = Turn("user", f"{LEFT}{kind}{RIGHT}")
         message = message_of(turn, self.content, VISUAL if kind == VIDEO else IMAGE_MARK, self.tokens)
         before, token, after = self._text([message], None, False).partition(self.tokens[kind])
         if not token:
             raise ValueError(f"{self} outputs no {self.tokens[kind]} for {kind}; {_OTHERWISE}")
-        return before.rpartition(_LEFT)[2], after.partition(_RIGHT)[0]
+        return before.rpartition(LEFT)[2], after.partition(RIGHT)[0]
 
-    def _check_fields(self, turns: Sequence[Turn], tools: Any) -> None:
-        """Reject fields that the template would leave out silently."""
-        used = {name for turn in turns if turn.fields for name in json.loads(turn.fields)} & {
-            "tool_calls",
-            REASONING[0],
-        }
-        if tools is not None:
-            used.add("tools")
-        for name in sorted(used):
-            names = REASONING if name == REASONING[0] else (name,)
-            if not any(re.search(rf"\b{one}\b", self.source) for one in names):
-                raise ValueError(f"it has {name}, which {self} does not write; remove it, or use another checkpoint")
+    def _check_answers(
+        self, turns: Sequence[Turn], text: str, spans: Sequence[Span], prefixes: Mapping[int, str]
+    ) -> None:
+        """Refuse answers whose text the template leaves out. It may leave out the reasoning of earlier ones."""
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        for place, number in enumerate(answers):
+            turn = turns[number]
+            written = text if self.is_marked else text[slice(*spans[place])]
+            rest = turn.text.removeprefix(prefixes.get(number, ""))
+            if spoken_text(rest) not in written:
+                raise ValueError(f"{self} leaves out or changes the text of {_turn(number)}; {_OTHERWISE}")
+            fields = json.loads(turn.fields) if turn.fields else {}
+            if number == len(turns) - 1 and reasoning_of(rest, fields) not in written:
+                raise ValueError(f"{self} leaves out or changes the reasoning of {_turn(number)}; {_OTHERWISE}")
 
     def _probe(self, content: Any) -> str | None:
         """The text of one user message; ``None`` if the template does not accept this form of content."""
@@ -273,6 +289,13 @@ class AutoTemplate:
             return self._text([{"role": "user", "content": content}], None, True)
         except ValueError:
             return None
+
+    @cached_property
+    def _reasoning_name(self) -> str:
+        return reasoning_name(self._plain_text, self.content)
+
+    def _plain_text(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        return self._text(messages, tools, False)
 
     def _text(self, messages: Sequence[Message], tools: list[Any] | None, prompts: bool) -> str:
         return self._render(messages, tools, prompts)[0]
@@ -295,7 +318,7 @@ class AutoTemplate:
                 continue_final_message=continues,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, LookupError) as error:
+        except RENDER_ERRORS as error:
             raise ValueError(f"{self} refuses it: {error or type(error).__name__}") from error
         return texts[0], spans[0] if mask else []
 
@@ -325,16 +348,12 @@ def message_of(turn: Turn, kind: str, mark: re.Pattern[str], tokens: dict[str, s
     """A turn as a message of ``apply_chat_template``, with content of this kind. Line breaks around images are left
     out of parts, because templates write their own."""
     if turn.role == "assistant" or not mark.search(turn.text):
-        content = _content(turn.text, kind)
+        content = text_content(turn.text, kind)
     elif kind == "text":
         content = mark.sub(lambda match: tokens[match.group()], turn.text)
     else:
         content = list(_parts(turn.text, mark))
     return {"role": turn.role, "content": content, **(json.loads(turn.fields) if turn.fields else {})}
-
-
-def _content(text: str, kind: str) -> str | list[dict[str, str]]:
-    return text if kind == "text" else [{"type": "text", "text": text}]
 
 
 def _parts(text: str, mark: re.Pattern[str]) -> Iterator[dict[str, str]]:
@@ -352,18 +371,13 @@ def _parts(text: str, mark: re.Pattern[str]) -> Iterator[dict[str, str]]:
             yield {"type": "image" if match.group() == IMAGE else "video"}
 
 
-def _messages(texts: Sequence[str], kind: str) -> list[Message]:
-    """A conversation that starts with the user."""
-    return [{"role": ("user", "assistant")[n % 2], "content": _content(text, kind)} for n, text in enumerate(texts)]
-
-
-def _joined(marked: Sequence[Span], text: str, template: AutoTemplate) -> list[Span]:
+def _merge_spans(marked: Sequence[Span], text: str, template: AutoTemplate) -> list[Span]:
     """The spans that a template marks, adjacent ones joined, without trailing whitespace and empty ones."""
     spans: list[Span] = []
     for start, end in marked:
         if start < (spans[-1][1] if spans else 0) or end > len(text):
             raise ValueError(
-                f"{template} has {{% generation %}} inside another block, so its marks have wrong places; {_OTHERWISE}"
+                f"{template} has {{% generation %}} inside another block, so its marks have wrong offsets; {_OTHERWISE}"
             )
         if spans and spans[-1][1] == start:
             start = spans.pop()[0]

@@ -7,11 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vtprune_train.data.auto_template import REASONING
 from vtprune_train.data.fields import is_empty
-from vtprune_train.data.turns import PREFIX, TOOLS, Turn
-
-CALLS = "tool_calls"
+from vtprune_train.data.turns import CALLS, PREFIX, REASONING, TOOLS, Turn
 
 
 def message_fields(message: Mapping[str, Any], role: str, ignore: Collection[str]) -> str:
@@ -35,11 +32,17 @@ def message_fields(message: Mapping[str, Any], role: str, ignore: Collection[str
     if PREFIX not in ignore and not is_empty(message.get(PREFIX)):
         if message[PREFIX] is not True or role != "assistant":
             raise ValueError(f"its field {PREFIX!r} must be true, in an assistant turn that the next turn continues")
+        if fields:
+            others = ", ".join(f"{name!r}: {str(value)[:50]!r}" for name, value in fields.items())
+            raise ValueError(
+                f"it has {PREFIX!r} and {others}, but the beginning of an answer can only be text; write calls in the "
+                "turn that continues it, and reasoning as <think> in its text"
+            )
         fields[PREFIX] = True
     for name in ("tool_call_id", "name"):
         if role == "tool" and name not in ignore and not is_empty(message.get(name)):
             fields[name] = message[name]
-    return _json("a turn", fields) if fields else ""
+    return _json(fields, ", ".join(map(repr, fields))) if fields else ""
 
 
 def tools_turn(record: Mapping[str, Any], ignore: Collection[str]) -> list[Turn]:
@@ -50,7 +53,7 @@ def tools_turn(record: Mapping[str, Any], ignore: Collection[str]) -> list[Turn]
     """
     if TOOLS in ignore or is_empty(record.get(TOOLS)):
         return []
-    return [Turn(TOOLS, _json(TOOLS, _objects(TOOLS, record[TOOLS])))]
+    return [Turn(TOOLS, _json(_objects(TOOLS, record[TOOLS]), repr(TOOLS)))]
 
 
 def _objects(name: str, value: Any) -> list[Any]:
@@ -65,8 +68,9 @@ def _objects(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _json(what: str, value: Any) -> str:
+def _json(value: Any, names: str) -> str:
+    """``value`` as JSON text; ``names`` are its fields, for an error."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:
-        raise ValueError(f"the fields of {what} cannot be written as JSON ({error})") from error
+        raise ValueError(f"a value in {names} cannot be written as JSON ({error})") from error

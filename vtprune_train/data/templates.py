@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
+from vtprune_train.data.template_fields import RENDER_ERRORS
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Loop, required
 from vtprune_train.models.io.processors import processor_chat_template, read_settings
@@ -50,27 +50,29 @@ def build_encoder(
 
 
 def open_auto_template(
-    tokenizer: PreTrainedTokenizerBase, loop: Loop, place: str, *, offline: bool = False, videos: bool = False
+    tokenizer: PreTrainedTokenizerBase, loop: Loop, checkpoint: str, *, offline: bool = False, videos: bool = False
 ) -> AutoTemplate:
     """The chat template of a checkpoint of this family: that of its processor, or else of its tokenizer.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
         loop: describes the family's tokens.
-        place: the folder or hub id that it was opened from.
+        checkpoint: the folder or hub id that it was opened from.
         offline: do not access the hub (dry runs).
         videos: the data has videos.
 
     Raises:
         ValueError: there is none, or it cannot be used.
     """
-    source = processor_chat_template(place, offline=offline) or saved_chat_template(tokenizer, place, offline=offline)
+    source = processor_chat_template(checkpoint, offline=offline) or saved_chat_template(
+        tokenizer, checkpoint, offline=offline
+    )
     if source is None:
         raise ValueError(
-            f"data.template={AUTO}: {place} has no chat template; save the checkpoint's chat_template.jinja in this "
-            f"folder, or use a named template: {', '.join(TEMPLATES)}"
+            f"data.template={AUTO}: {checkpoint} has no chat template; save the checkpoint's chat_template.jinja "
+            f"in this folder, or use a named template: {', '.join(TEMPLATES)}"
         )
-    return AutoTemplate(source, tokenizer, place, loop.image_token, loop.video_token if videos else "")
+    return AutoTemplate(source, tokenizer, checkpoint, loop.image_token, loop.video_token if videos else "")
 
 
 def carry(processor: Any, source: str) -> None:
@@ -132,6 +134,11 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
             yield (
                 f"{template} {'marks answers without ' + repr(template.ending) if template.ending else 'ends answers'}"
                 f"{'' if template.ending else ' with no token'}, so training does not teach the model to stop there"
+            )
+        if template.opens_reasoning:
+            yield (
+                f"{template} writes <think> in prompts, so it fits records with one question and reasoning in the "
+                "answer. For other records write a custom template, as in configs/qwen3_5_pdrop.yaml"
             )
         return
     name = template.name
@@ -196,7 +203,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> 
     messages = [{"role": role, "content": turn} for role, turn in contents]
     try:
         return tokenizer.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError) as error:
+    except RENDER_ERRORS as error:
         log.debug("the chat template does not take %s: %s", type(content).__name__, error)
         return None
 

@@ -91,7 +91,7 @@ class SectionTokenizer:
         """
         cut = [(list(self._sections(text, places)), places) for text, places in texts]
         ids = self._tokenized(key for sections, places in cut for key in self._keys(sections, places))
-        return [self._joined(sections, places, ids) for sections, places in cut]
+        return [self._concatenated(sections, places, ids) for sections, places in cut]
 
     def _sections(self, text: str, places: Sequence[int]) -> Iterator[Section]:
         """Split ``text`` at added tokens, except those that contain a place (cut there, the text would lack the token).
@@ -147,7 +147,7 @@ class SectionTokenizer:
         section_ids = ids[self._key(section, length)]
         return section_ids[1:] if section.start and self._anchor else section_ids
 
-    def _joined(
+    def _concatenated(
         self, sections: Sequence[Section], places: Sequence[int], known: Mapping[str, list[int]]
     ) -> tuple[list[int], list[Edge]]:
         ids: list[int] = []

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from vtprune_train.core.stream import IMAGE, VIDEO
 
 IMAGE_MARK, VISUAL = re.compile(re.escape(IMAGE)), re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
 PREFIX = "prefix"  # field of an assistant turn that the next assistant turn continues
+CALLS = "tool_calls"
 TOOLS = "tools"  # role of a turn that lists the tools of the conversation
 
 
@@ -35,12 +37,19 @@ class Turn:
         """Whether the next turn continues this one, which is then not supervised."""
         return bool(self.fields) and PREFIX in json.loads(self.fields)
 
+    @property
+    def calls_tools(self) -> bool:
+        return bool(self.fields) and CALLS in json.loads(self.fields)
 
-def joined(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
+
+def join_prefixes(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
     """Join prefixes of answers with the turns that continue them.
 
     Returns:
         The turns without prefixes, and the prefix of each turn that has one, by its index.
+
+    Raises:
+        ValueError: a turn continues a prefix, but has reasoning, which templates write before the text.
     """
     kept: list[Turn] = []
     prefixes: dict[int, str] = {}
@@ -50,6 +59,11 @@ def joined(turns: Sequence[Turn]) -> tuple[list[Turn], dict[int, str]]:
             before += turn.text
             continue
         if before:
+            if REASONING[0] in turn.fields and REASONING[0] in json.loads(turn.fields):
+                raise ValueError(
+                    f"turn {len(kept) + 1} continues the prefix {before[:50]!r} and has {REASONING[0]}, which comes "
+                    "before the prefix; write the reasoning as <think> in the prefix, or remove one of them"
+                )
             prefixes[len(kept)] = before
             turn = replace(turn, text=before + turn.text)
         kept.append(turn)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
@@ -24,8 +23,9 @@ from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
+from vtprune_train.data.template_fields import RENDER_ERRORS, Message, reasoning_name, written_messages
 from vtprune_train.data.templates import build_encoder, carry, open_auto_template, stop_where_answers_end
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, joined
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, join_prefixes
 from vtprune_train.data.videos import is_video_name
 from vtprune_train.evaluation.videos import video_processor
 from vtprune_train.models import HFModule
@@ -242,7 +242,7 @@ def _try_template(processor: Any, content: Any) -> str | None:
     """The text of one user message; ``None`` if the template does not accept this form of content."""
     try:
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:
+    except RENDER_ERRORS as error:
         log.debug("the chat template does not accept %s: %s", type(content).__name__, error)
         return None
 
@@ -314,12 +314,17 @@ def write_prompt(
     tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
     messages = [message_of(turn, kind, mark_of, tokens) for turn in _continued(turns)]
     begun = turns[-1].is_prefix
-    try:
-        text: str = processor.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=not begun, continue_final_message=begun
-        )
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
+
+    def render(messages: Sequence[Message], tools: list[Any] | None, **settings: bool) -> str:
+        try:
+            return str(processor.apply_chat_template(messages, tools=tools, **settings))
+        except RENDER_ERRORS as error:
+            raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
+
+    messages = written_messages(
+        render, messages, tools, lambda: reasoning_name(render, kind), "the model's chat template"
+    )
+    text = render(messages, tools, add_generation_prompt=not begun, continue_final_message=begun)
     if videos and text.count(tokens[VIDEO]) != videos:
         raise ValueError(f"the model's chat template writes no {tokens[VIDEO]} for a video; export the run again")
     return text
@@ -330,7 +335,7 @@ def _continued(turns: Sequence[Turn]) -> list[Turn]:
     turn."""
     spoken = [turn for turn in turns if turn.role != TOOLS]
     last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
-    return joined([*spoken, *last])[0]
+    return join_prefixes([*spoken, *last])[0]
 
 
 def by_kind(visuals: Sequence[Image.Image | DecodedVideo]) -> tuple[list[Image.Image], list[DecodedVideo]]:
@@ -413,14 +418,14 @@ def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> lis
     Raises:
         ValueError: see :func:`prompt_text`.
     """
-    said = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for group in batchable(loaded, prompts):
         inputs = batch(loaded, [prompts[index] for index in group])
         with torch.inference_mode():
             sequences = loaded.model.generate(**inputs, **{**GREEDY, **padding(loaded), **generation})
         for index, answer in zip(group, decoded(loaded, inputs, sequences), strict=True):
-            said[index] = answer
-    return said
+            texts[index] = answer
+    return texts
 
 
 def padding(loaded: Loaded) -> dict[str, Any]:

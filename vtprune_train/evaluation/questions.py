@@ -13,6 +13,7 @@ import numpy as np
 from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt, read_records
+from vtprune_train.data.turns import TOOLS
 from vtprune_train.data.visuals import VisualFile
 
 
@@ -50,7 +51,7 @@ def read_questions(
     videos: Path | None = None,
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in one of the formats of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of
-    malformed records.
+    records of which something is left out: malformed ones, and answers that call tools.
 
     Args:
         data: a data file of any kind that training supports.
@@ -76,20 +77,23 @@ def read_questions(
         count = sum(1 for _ in read_records(data, ignore, reader=reader, chat=chat))
         selected = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
-    malformed: list[tuple[str, str]] = []
+    left_out: list[tuple[str, str]] = []
     num_records = 0
     for number, row in enumerate(read_records(data, ignore, reader=reader, chat=chat)):
         if selected is not None and number not in selected:
             continue
         num_records += 1
         if row.error:
-            malformed.append((row.id, row.error))
+            left_out.append((row.id, row.error))
         elif row.videos and videos is None:
-            malformed.append((row.id, "it has a video, but no folder of videos is given (`vtprune eval --videos DIR`)"))
+            left_out.append((row.id, "it has a video, but no folder of videos is given (`vtprune eval --videos DIR`)"))
         else:
-            questions += _questions_of(number, prompt.apply(row), images, videos or images)
+            row = prompt.apply(row)
+            questions += _questions_of(number, row, images, videos or images)
+            if turns := _turns_with_calls(row):
+                left_out.append((row.id, f"turn(s) {turns} call tools; only answers in text are compared"))
     if not questions:
-        first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
+        first = f"; the first is left out: {left_out[0][1]}" if left_out else ""
         raise ValueError(f"data file {data} has no question in {num_records} record(s){first}")
     if any(isinstance(image, Path) for question in questions for image in question.images) and not images.is_dir():
         raise ValueError(f"--images {images} is not a folder; it must be the folder of the images that {data} names")
@@ -103,7 +107,7 @@ def read_questions(
         raise ValueError(
             f"--videos {videos}: none of the {len(clips)} videos that {data} names exists; the first: {min(clips)}"
         )
-    return questions, malformed
+    return questions, left_out
 
 
 def _questions_of(number: int, row: Conversation, images: Path, videos: Path) -> list[Question]:
@@ -111,7 +115,7 @@ def _questions_of(number: int, row: Conversation, images: Path, videos: Path) ->
     clips = [file for file in row.files(images, videos) if file.is_video]
     questions = []
     for place, turn in enumerate(row.turns):
-        if turn.role == "assistant" and not turn.is_prefix:
+        if turn.role == "assistant" and not turn.is_prefix and not turn.calls_tools:
             before = row.turns[:place]
             num_images, num_videos = (
                 sum(earlier.text.count(mark) for earlier in before if earlier.role in ("user", "tool"))
@@ -122,6 +126,12 @@ def _questions_of(number: int, row: Conversation, images: Path, videos: Path) ->
                 Question(key, row.id, before, tuple(files[:num_images]), turn.text, tuple(clips[:num_videos]))
             )
     return questions
+
+
+def _turns_with_calls(row: Conversation) -> str:
+    """The numbers of the turns that call tools."""
+    spoken = [turn for turn in row.turns if turn.role != TOOLS]
+    return ", ".join(str(number) for number, turn in enumerate(spoken, 1) if turn.calls_tools)
 
 
 def as_answered(reference: str, tokenizer: Any) -> str:

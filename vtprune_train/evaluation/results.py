@@ -123,7 +123,7 @@ def summary(
     Args:
         lines: at least one line.
         layers: decoder layers before which the pruned model drops.
-        left_out: ``(id, reason)`` of samples that could not be evaluated.
+        left_out: ``(id, reason)`` of samples that could not be evaluated, wholly or in part.
 
     Returns:
         ``answers``; ``runs``, by name; ``left_out``; and with two runs ``ratios`` (pruned to dense) and ``agreement``
@@ -175,7 +175,7 @@ def table(results: dict[str, Any]) -> str:
         rows.append([title, *values, "" if ratios.get(key) is None else f"{ratios[key]:.3f}"])
     notes = [f"{results['answers']} answers"]
     notes += [f"{results['agreement']:.1%} of them equal"] if ratios else []
-    notes += [f"{len(results['left_out'])} sample(s) left out"] if results["left_out"] else []
+    notes += [f"{len(results['left_out'])} sample(s) left out, wholly or in part"] if results["left_out"] else []
     return "\n".join([*aligned(rows if ratios else [row[:-1] for row in rows]), ", ".join(notes)])
 
 

@@ -9,7 +9,7 @@ from vtprune_train.training.loop.evaluate import exchange_images
 ONE_VIDEO = [0, 4]  # of RECORDS; their videos have different lengths
 
 
-@pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl", "internvl"])
 def test_a_video_is_exchanged_for_another_video(family, tmp_path):
     """Of samples with equally many; the text stays, except for Qwen3-VL's timestamps."""
     setup = VideoSetup(family, tmp_path)

@@ -110,14 +110,20 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
 def exchange_images(collate: Collator) -> Sequence[int]:
     """Map each sample to a different one with the same numbers of images and videos in the same order, using a fixed
     derangement (if there are at least two)."""
-    index = collate.index
-    samples = np.arange(len(index))
-    lengths = index.lengths(samples)
-    counts = np.bincount(lengths.span_sample, minlength=len(samples))
-    is_video = np.split(lengths.span_frames > 0, np.cumsum(counts)[:-1])
-    kinds = np.array([kinds.tobytes().hex() for kinds in is_video])
+    samples = np.arange(len(collate.index))
+    kinds = np.array(_kinds(collate, samples))
     partner = samples.copy()
     for kind in np.unique(kinds):
         members = np.random.default_rng(0).permutation(np.flatnonzero(kinds == kind))
         partner[members] = np.roll(members, 1)
     return partner.tolist()
+
+
+def _kinds(collate: Collator, samples: np.ndarray) -> list[str]:
+    """The kinds of each sample's images and videos, in order. Those of data with videos are read from the records,
+    because the index counts the frames of InternVL's videos as images."""
+    index = collate.index
+    if collate.layout.video is None:
+        span_sample = index.lengths(samples).span_sample
+        return ["image " * count for count in np.bincount(span_sample, minlength=len(samples)).tolist()]
+    return [" ".join(file.kind for file in index.files(sample, index.record(sample))) for sample in samples.tolist()]
