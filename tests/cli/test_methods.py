@@ -58,6 +58,7 @@ def test_the_list_states_everything(capsys):
         assert name in ("random", "uniform", "pool") or re.search(r"\(arXiv \d{4}\.\d{5}\)$", fact["paper"]), name
         assert [s["name"] for s in fact["settings"]] == list(setting_types(method_class(name)))
         defaults = {s["name"]: s["default"] for s in fact["settings"]}
+        assert defaults.pop("per") == "video", "settings have it only if it is not the default"
         assert method_from_settings({"method": name, **defaults}).settings() == {"method": name, **defaults}, name
 
 

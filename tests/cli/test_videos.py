@@ -60,6 +60,7 @@ def test_wrong_videos(saved, capsys, tmp_path):
     assert "1.png is an image; pass it as an image (--image)" in wrong(capsys, *start, "--video", image)
     assert "pass a video as a video (--video)" in wrong(capsys, *start, "--image", video)
     assert "1 video(s) but 2 <video> in the prompt" in wrong(capsys, *start[:-1], "<video> <video> ?", "--video", video)
+    assert "0 video(s) but 1 <video> in the prompt" in wrong(capsys, *start[:-1], "a <video> ?")
     both = wrong(capsys, *start, "--video", video, "--fps", 2, "--num_frames", 4)
     assert "fps=2.0 and num_frames=4 are both set" in both
     assert "must be above 0" in wrong(capsys, *start, "--video", video, "--fps", 0)

@@ -42,10 +42,12 @@ QWEN3_5 = {
 DIFFERENCES = {
     "qwen3_vl_pdrop": {
         "model": {"path": "Qwen/Qwen3-VL-8B-Instruct", "max_pixels": 1310720},
+        "data": {"template": "auto"},
         "pruning": {"layers": [9, 18, 27]},
     },
     "internvl_pdrop": {
         "model": {"path": "OpenGVLab/InternVL3_5-8B-HF", "max_pixels": None},
+        "data": {"template": "auto"},
         "pruning": {"layers": [9, 18, 27], "positions": "renumber"},
     },
     "qwen3_5_pdrop": {

@@ -497,6 +497,7 @@ REFUSED = [
     (BARE + PROMPTS + QUOTED, "outputs no <image> for an image"),
     (BARE + "{{- messages | length -}}" + PROMPTS, "writes turn 3 after another text than the prompt"),
     (BARE.replace("message.content", "message.content[:3]") + PROMPTS, "outputs no <image> for an image"),
+    ("{%- for message in messages -%}" + PROMPTS, "for an image .the chat template of here refuses it: "),
     ("{{- strftime_now('%d') -}}" + BARE + PROMPTS, "writes the current date"),
     ("{%- set all -%}{%- for m in messages -%}{{- m.role -}}{% generation %}{{- m.content -}}{% endgeneration %}"
      "{%- endfor -%}{%- endset -%}{{- all -}}", "generation %} inside another block"),

@@ -30,7 +30,8 @@ def with_content(*parts):
 REFUSED = [
     ({"video": "clip.mp4"}, "1 video(s) but 0 <video> in the text"),
     ({"videos": ["clip.mp4", "b.mp4"]}, "2 video(s) but 0 <video> in the text"),
-    ({"video_path": "clip.mp4"}, "'video_path'"),
+    ({"video_path": "clip.mp4"}, "'video_path' ('clip.mp4') holds a video, but only fields named 'video' or 'videos'"),
+    ({"conversations": say("<video> what ?", "it"), "video": ["1.jpg", "2.jpg"]}, "write the frames of one video as"),
     ({"videoUrl": "http://x/clip"}, "'videoUrl'"),
     ({"frames": ["1.jpg", "2.jpg"]}, "'frames'"),
     ({"audio": {"bytes": b"RIFF", "path": None}}, "'audio'"),

@@ -218,6 +218,10 @@ def test_a_dry_run_names_the_video_and_the_reason(tmp_path, capsys):
     assert train_main([*dry, "data.max_bad=0"]) == 2
     said = capsys.readouterr().err
     assert "bad.mp4: an MP4 or MOV file without an index (moov)" in said
+    (tmp_path / "train.json").write_text(json.dumps([asking("late", {"path": "good.mp4", "start": 5})]))
+    assert train_main(dry) == 2
+    said = capsys.readouterr().err
+    assert "late: video" in said and "no frame lies between start=5.0 and end=None; the video has 8 frames" in said
     assert train_main([*dry, "data.train.0.videos=null"]) == 2
     assert NO_VIDEOS in capsys.readouterr().err
     shutil.rmtree(tmp_path / "videos")

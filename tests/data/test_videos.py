@@ -321,6 +321,18 @@ def test_a_truncated_file_with_its_index(tmp_path):
     assert "of 30 is missing: the file is truncated or damaged" in reason(cut)
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", ["vp9.webm", "variable.mkv", "late.mkv"])
+def test_a_truncated_matroska_file(videos, kind):
+    """FFmpeg would read it as a shorter video."""
+    whole = videos[kind].read_bytes()
+    for missing in (1, len(whole) // 3):
+        assert reason(whole[:-missing]) == f"truncated: its last {missing} bytes are missing"
+    start = whole.index(bytes.fromhex("18538067")) + 4
+    streamed = whole[:start] + b"\x01" + b"\xff" * 7 + whole[start + 8 :]  # as written without seeking back
+    assert all_frames(streamed).shape == all_frames(whole).shape
+
+
 def test_a_frame_that_cannot_be_decoded_is_named(h264):
     """The packet of a keyframe is overwritten: the ten frames from it on are lost."""
     import av

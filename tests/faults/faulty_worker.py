@@ -8,9 +8,9 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from vtprune_train.cli import train_main
-from vtprune_train.data.load import collate
+from vtprune_train.data import visuals
 
-load_image = collate.load_image
+load_image = visuals.load_image
 
 
 def faulty(source, *arguments, **options):
@@ -30,6 +30,6 @@ def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-collate.load_image = faulty  # workers import this file too
+visuals.load_image = faulty  # workers import this file too
 if __name__ == "__main__":
     sys.exit(train_main())

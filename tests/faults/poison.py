@@ -79,7 +79,7 @@ def deal_by_kind():
     def plan(self, step):
         planned = original(self, step)
         samples = np.array(planned.samples)
-        has_images = INDEX[0].num_images(samples) > 0
+        has_images = np.bincount(INDEX[0].lengths(samples).span_sample, minlength=len(samples)) > 0
         text, pictures = samples[~has_images].tolist(), samples[has_images].tolist()
         if samples.sum() % 10 == 0:
             text = []

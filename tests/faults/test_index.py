@@ -353,7 +353,7 @@ def test_an_edit_that_breaks_the_record_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("column", "said"),
     [("text", "text tokens"), ("supervised", "supervised tokens"), ("tokens", "visual tokens"),
-     ("span_starts", "images")],
+     ("span_starts", "images and videos")],
 )  # fmt: skip
 def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monkeypatch, column, said):
     """Columns damaged under a running process, should the file system not tell of it."""

@@ -171,7 +171,12 @@ PADDED = (READ, "vtprune_train/models/forward/padded.py")  # the mask, token ids
 WITHOUT_EXPERTS = [name for name in FAMILIES if not name.endswith("_moe")]
 SIZES = {
     name: {(READ, "vtprune_train/models/forward/images.py"): 2 if name == "llava_onevision" else 1}
-    for name in ("llava_next", "llava_onevision", *(name for name in FAMILIES if name.startswith("qwen")))
+    for name in (
+        "llava_next",
+        "llava_next_video",
+        "llava_onevision",
+        *(name for name in FAMILIES if name.startswith("qwen")),
+    )
 }
 
 

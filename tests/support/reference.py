@@ -26,12 +26,21 @@ def queries_and_keys(layer, x: Tensor, positions: Tensor, theta: float) -> tuple
     """[H, L, D] each; grouped keys are repeated to the query heads."""
     attention = layer.self_attn
     normed = layer.input_layernorm(x)
-    q = attention.q_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
+    q = split_queries(attention, normed)[0].transpose(0, 1)
     k = attention.k_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     k = torch.stack([k[head // (q.shape[0] // k.shape[0])] for head in range(q.shape[0])])
-    return rotate(q, positions, theta), rotate(k, positions, theta)
+    rotated = int(attention.head_dim * attention.config.rope_parameters.get("partial_rotary_factor", 1.0))
+    q, k = (torch.cat([rotate(one[..., :rotated], positions, theta), one[..., rotated:]], dim=-1) for one in (q, k))
+    return q, k
+
+
+def split_queries(attention, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[L, H, D] queries, and the gate of the output of each head (Qwen3.5), which comes from the same projection."""
+    width = attention.q_proj.out_features // (attention.o_proj.in_features // attention.head_dim)
+    q = attention.q_proj(normed).view(len(normed), -1, width)
+    return q[..., : attention.head_dim], q[..., attention.head_dim :] if width > attention.head_dim else None
 
 
 def attention_rows(q: Tensor, k: Tensor) -> Tensor:
@@ -43,11 +52,17 @@ def attention_rows(q: Tensor, k: Tensor) -> Tensor:
 
 
 def run_layer(layer, x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    if not hasattr(layer, "self_attn"):  # linear attention, which has no positions
+        x = x + layer.linear_attn(layer.input_layernorm(x).unsqueeze(0)).squeeze(0)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
     attention = layer.self_attn
     q, k = queries_and_keys(layer, x, positions, theta)
     v = attention.v_proj(layer.input_layernorm(x)).view(len(x), -1, attention.head_dim).transpose(0, 1)
     v = torch.stack([v[head // (q.shape[0] // v.shape[0])] for head in range(q.shape[0])])
     mixed = (attention_rows(q, k) @ v).transpose(0, 1).reshape(len(x), -1)
+    gate = split_queries(attention, layer.input_layernorm(x))[1]
+    if gate is not None:
+        mixed = mixed * gate.reshape(len(x), -1).sigmoid()
     x = x + attention.o_proj(mixed)
     return x + layer.mlp(layer.post_attention_layernorm(x))
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL to the ranks that are left when one fails
 
 
@@ -63,7 +64,8 @@ class WarmParent:
         if self.socket is None:
             self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             command = [sys.executable, __file__, str(theirs.fileno())]
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env)
+            # It serves later runs too, so it must not import from folders of the first one.
+            subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**env, "PYTHONPATH": str(ROOT)})
             theirs.close()
         ours, leaders = socket.socketpair()
         request = json.dumps({"argv": argv, "ranks": ranks, "cwd": str(cwd), "env": env}).encode()

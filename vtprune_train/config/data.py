@@ -52,6 +52,12 @@ class VideoConfig(Section):
     def _one_number(self) -> VideoConfig:
         if self.fps is not None and self.num_frames is not None:
             raise ValueError(f"fps={self.fps:g} and num_frames={self.num_frames} exclude each other; set one to null")
+        for name in ("min_frames", "max_frames"):
+            if self.num_frames is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is a limit of sampling by fps and has no effect with "
+                    f"num_frames={self.num_frames}; set one of them to null"
+                )
         if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
             raise ValueError(f"min_frames={self.min_frames} is larger than max_frames={self.max_frames}")
         return self

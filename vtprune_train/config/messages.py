@@ -87,6 +87,8 @@ def nearest_key(location: Sequence[Any]) -> str:
     *parents, name = location
     if name in OTHER_NAMES:
         return f"; use {OTHER_NAMES[name]}"
+    if any(isinstance(parent, int) for parent in parents):  # an entry of a list: its keys are also in no other section
+        return did_you_mean(str(name), _known_keys(parents), parents)
     elsewhere = [
         f"{section}.{name}"
         for section, field in Config.model_fields.items()

@@ -66,9 +66,10 @@ class AutoTemplate:
         if "strftime_now" in source:
             raise ValueError(f"{self} writes the current date, so a sample's tokens would change; {_OTHERWISE}")
         self.content: Literal["text", "parts"] = "parts"
+        self._refusal = ""
         kind = content_kind(self._probe, image_token)
         if kind is None:
-            raise ValueError(f"{self} outputs no {image_token} for an image; {_OTHERWISE}")
+            raise ValueError(f"{self} outputs no {image_token} for an image{self._refusal}; {_OTHERWISE}")
         self.content = kind
         self._around = {IMAGE: self._text_around(IMAGE)}
 
@@ -225,8 +226,8 @@ class AutoTemplate:
         tokens = [match.group() for match in matches]
         if len(tokens) != len(expected):
             raise ValueError(
-                f"it has {len(expected)} image(s) and videos, but {self} writes the token of images or videos "
-                f"{len(tokens)} times; its text may contain this token"
+                f"it has {kinds.count(IMAGE)} image(s) and {kinds.count(VIDEO)} video(s), but {self} writes their "
+                f"tokens {len(tokens)} times" + ("; the text may contain them" if len(tokens) > len(expected) else "")
             )
         if tokens != expected:
             raise ValueError(f"{self} writes images before videos; write them in this order in the record")
@@ -287,7 +288,8 @@ class AutoTemplate:
         """The text of one user message; ``None`` if the template does not accept this form of content."""
         try:
             return self._text([{"role": "user", "content": content}], None, True)
-        except ValueError:
+        except ValueError as error:
+            self._refusal = f" ({error})"
             return None
 
     @cached_property

@@ -26,6 +26,7 @@ CHAT_TURN = TURN | {"reasoning_content", "reasoning", "thinking", "tool_calls", 
 CHAT_TOOL_TURN = TURN | {"tool_call_id", "name"}
 
 LONGEST_NAME = 256  # characters of a field's name
+VIDEO_FIELD = "a video"
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag that selects what is trained on", "a weight", "a mask", "an image"
 LIKE_A_FLAG = "what seems to be a flag that selects what is trained on"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
@@ -33,7 +34,7 @@ _FOLDER = r"_?(dir|directory|folder|root)s?"
 _VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
 _AUDIO_FILES = "mp3|wav|flac|ogg|m4a|aac|opus|wma"
 _MEDIA = {
-    "a video": rf"(vid|video|video_?clip|clip|movie|(key|video)?_?frame|gif|{_VIDEO_FILES})s?({_FILE}|{_FOLDER})",
+    VIDEO_FIELD: rf"(vid|video|video_?clip|clip|movie|(key|video)?_?frame|gif|{_VIDEO_FILES})s?({_FILE}|{_FOLDER})",
     "audio": rf"(audio|speech|sound|voice|music|waveform|{_AUDIO_FILES})s?({_FILE}|{_FOLDER})|input_audio",
     "a point cloud or depth map": r"(point_?cloud|depth_?(map|image)|mesh)s?" + _FILE,
     "media": r"media|multi_?(modal|media)(_(data|inputs?))?|attachments?",
@@ -85,6 +86,7 @@ _MARK = re.compile(
 _IMAGE_MARK = re.compile(
     r"<(?:image[_ -]?\d*|image_?(?:here|placeholder|pad)|img|picture)>|<\|image(?:_pad|_\d+)?\|>", re.IGNORECASE
 )
+SUPPORTED = {IMAGE_FIELD: "'image' or 'images'", VIDEO_FIELD: "'video' or 'videos'"}
 WITH_AUTO = "`data.template: auto` formats it by the checkpoint's chat template"
 HOW_TO_FIX = "remove it, or list it in the entry's `ignore` if it can be ignored"
 
@@ -156,6 +158,11 @@ def check_fields(
                 unread.add(name)
         elif not _changes_nothing(kind, name, value, answer):
             hint = f"; {WITH_AUTO}" if name in (CHAT_RECORD | CHAT_TURN) - RECORD - TURN else ""
+            if kind in SUPPORTED:
+                raise ValueError(
+                    f"its field {name!r} ({_shortened(value)}) holds {kind}, but only fields named "
+                    f"{SUPPORTED[kind]} are read; rename it, or {HOW_TO_FIX}"
+                )
             raise ValueError(
                 f"its field {name!r} ({_shortened(value)}) holds {kind}, which is not supported; {HOW_TO_FIX}{hint}"
             )

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -35,6 +35,8 @@ TURNS = {
 
 class UnreadableImage(ValueError):  # noqa: N818 (a public name)
     """Raised for an image that cannot be used; the message is ``name: reason``."""
+
+    kind: ClassVar[str] = "image"
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -146,6 +148,8 @@ def _why_unknown(file: IO[bytes]) -> str:
         return "the file is empty"
     if begin[4:8] == b"ftyp" and begin[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC, which Pillow cannot read; convert it to JPEG or PNG"
+    if begin[4:8] == b"ftyp" or begin[:4] == b"\x1aE\xdf\xa3":
+        return "a video, not an image; write it as a video"
     return f"not an image that Pillow can read (it starts with {begin[:16]!r})"
 
 

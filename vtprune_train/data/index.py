@@ -178,6 +178,11 @@ class SampleIndex:
         table = self.selections[source].table
         spans = table.spans(row)
         values = [table.column(name)[spans].tolist() for name in ("height", "width", "tokens", "frames")]
+        if len(files) != len(values[0]):
+            name = f"sample {self.sample_id(sample)}"
+            raise self.distrusted(
+                sample, f"{name} has {len(files)} images and videos, but {len(values[0])} in the index"
+            )
         visuals: list[Visual] = []
         for file, height, width, tokens, steps in zip(files, *values, strict=True):
             if not file.is_video:

@@ -61,6 +61,7 @@ SAMPLING = {
     "num_frames": ("num_frames", "nframes"),
     "min_frames": ("min_frames",),
     "max_frames": ("max_frames",),
+    "fps": ("sample_fps", "raw_fps"),
     "max_pixels": ("max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"),
 }
 VIDEO_VALUE = frozenset(("video", "bytes", "path", "url", *TIMES))
@@ -580,7 +581,14 @@ def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], ch
             raise ValueError(f"{mark} is outside a user turn")
         placeholders = sum(turn.text.count(mark) for turn in spoken)
         if placeholders != len(listed):
-            raise ValueError(f"{len(listed)} {what} but {placeholders} {mark} in the text")
+            hint = ""
+            if mark == VIDEO and placeholders == 1 and all(_is_image_name(video.file) for video in listed):
+                hint = "; write the frames of one video as {video: [a.jpg, b.jpg]}"
+            raise ValueError(f"{len(listed)} {what} but {placeholders} {mark} in the text{hint}")
+
+
+def _is_image_name(file: Any) -> bool:
+    return isinstance(file, str) and file.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
 
 
 def _check_order(turns: list[Turn], spoken: list[Turn]) -> None:

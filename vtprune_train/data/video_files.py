@@ -119,7 +119,7 @@ def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[In
     if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # opening a pipe would hang
         raise UnreadableVideo(name, "not a regular file")
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        begin = file.read(32)
+        begin = file.read(64)
         if not begin:
             raise UnreadableVideo(name, "the file is empty")
         file.seek(0)
@@ -127,6 +127,8 @@ def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[In
             container = av.open(file, "r", metadata_errors="replace", io_open=_refuse)
         except av.error.FFmpegError as error:
             raise UnreadableVideo(name, _why_unknown(begin, error)) from error
+        if "matroska" in container.format.name and (missing := _missing_bytes(begin, container.size)) > 0:
+            raise UnreadableVideo(name, f"truncated: its last {missing} bytes are missing")
         with container:
             stream = _video_stream(container, max_pixels, name)
             stream.thread_count = 1  # workers of the data loader are processes
@@ -144,11 +146,35 @@ def _why_unknown(begin: bytes, error: Exception) -> str:
     return f"not a video that FFmpeg can read ({type(error).__name__}; it starts with {begin[:16]!r})"
 
 
+def _missing_bytes(begin: bytes, size: int) -> int:
+    """How much longer a Matroska or WebM file of ``size`` bytes should be; at most 0 for a whole file, and for one that
+    was written without knowing its length. FFmpeg reads a truncated one as a shorter video.
+
+    A file is an EBML header and a segment; each has an identifier, a length and a content (RFC 8794).
+    """
+    _, segment = _element(begin, 0)
+    if segment is None or segment >= len(begin) - 16:
+        return 0
+    _, end = _element(begin, segment)
+    return 0 if end is None else end - size
+
+
+def _element(content: bytes, start: int) -> tuple[int, int | None]:
+    """Where the content of an EBML element begins and ends; ``None`` if its length is unknown."""
+    at = start + 9 - content[start].bit_length()  # leading zeros tell how many bytes an identifier or a length has
+    num_bytes = 9 - content[at].bit_length()
+    length = int.from_bytes(content[at : at + num_bytes]) & (2 ** (7 * num_bytes) - 1)
+    begin = at + num_bytes
+    return begin, None if length == 2 ** (7 * num_bytes) - 1 else begin + length
+
+
 def _video_stream(container: InputContainer, max_pixels: int, name: str) -> VideoStream:
     from av.stream import Discard, Disposition
 
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
-        raise UnreadableVideo(name, "an image, not a video (FFmpeg does not read WebP animations)")
+        raise UnreadableVideo(
+            name, "an image, not a video; write it as an image (FFmpeg does not read WebP animations)"
+        )
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({stream.type for stream in container.streams}))

@@ -38,9 +38,18 @@ class VisualFile:
         return "video" if self.is_video else "image"
 
     def check_header(self, max_pixels: int = MAX_PIXELS) -> None:
-        """Raise ``UnreadableImage`` if the header cannot be read."""
+        """Check what can be checked without the model.
+
+        Raises:
+            UnreadableImage: the header cannot be read.
+            ValueError: the part of a video has no frame.
+        """
         if self.is_video:
-            self._header(max_pixels)
+            header = self._header(max_pixels)
+            try:
+                header.part(self.start, self.end)
+            except ValueError as error:
+                raise ValueError(f"video {self.name}: {error}") from error
         else:
             image_size(self.source, max_pixels=max_pixels, name=self.name)  # type: ignore[arg-type]
 

@@ -289,10 +289,12 @@ def write_prompt(
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     tokens = {IMAGE: _image_token(processor)}
-    counts = {IMAGE: ("image", images)}
+    counts = {IMAGE: ("image", images), VIDEO: ("video", videos)}
     if videos:
         video_processor(processor)
-        tokens[VIDEO], counts[VIDEO] = processor.video_token, ("video", videos)
+        tokens[VIDEO] = processor.video_token
+    elif getattr(processor, "video_token", None) is None:
+        del counts[VIDEO]  # plain text for this model
     marked = {mark: sum(turn.text.count(mark) for turn in turns) for mark in counts}
     if not any(marked.values()) and images + videos:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")

@@ -59,7 +59,8 @@ class PruningMethod(Settings):
     :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
     Args:
-        per: see :data:`Per`. Keyword only.
+        per: whether keep ratios refer to all tokens of a ``video`` or to those of each ``frame`` (step in time). Images
+            are not affected. Keyword only.
 
     Attributes:
         name: the method's name in logs and errors; by default the name of the class. Methods of the package also have

@@ -188,6 +188,8 @@ def _unusable(record: Conversation, source: SourceConfig, max_pixels: int) -> st
             file.check_header(max_pixels)
         except UNREADABLE as error:
             return f"{file.kind} {error}"
+        except ValueError as error:
+            return str(error)
     return ""
 
 

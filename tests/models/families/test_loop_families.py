@@ -176,7 +176,8 @@ def test_dropping_equals_a_slow_loop_over_transformers_inputs(setup):
     output = prune(model, DROP)(collate(range(len(RECORDS))))
     output.loss_sum.backward()
     assert abs(output.loss_sum - total) < 1e-4 * total
-    assert_same_gradients(gradients(model), expected)
+    # transformers' linear attention computes in float32
+    assert_same_gradients(gradients(model), expected, 1e-3 if setup.name == "qwen3_5" else 2e-4)
 
 
 def test_the_index_tells_what_the_batch_holds(setup):

@@ -80,7 +80,7 @@ class Collator:
             try:
                 loaded.append(self.load(sample, image_sample))
             except ChangedImage as error:
-                reason = str(self.index.distrusted(image_sample, str(error)))
+                reason = str(self.index.distrusted(image_sample, f"{error.kind} {error}"))
                 unreadable.append((self.index.sample_id(sample), reason))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))

@@ -94,7 +94,7 @@ def first_sample(collate: Collator) -> str:
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
-    available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
+    available locally. Raises ``ValueError`` if template and tokenizer are incompatible or no record can be used."""
     readable = _readable(config, layout)
     first = next(readable, None)
     if first is None:
@@ -116,7 +116,9 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
         else:
             refused = f"WARNING       {len(reasons)} record(s) cannot be used, first: {reasons[0]}" if reasons else ""
             return [*lines, *filter(None, [refused]), shown]
-    return [*lines, f"sample        not shown: no record can be used, first: {reasons[0]}"]
+    if not config.data.max_bad >= len(reasons) >= LOOKED_AT:  # otherwise later records may be usable
+        raise ValueError(f"none of the first {len(reasons)} record(s) can be used. First: {reasons[0]}")
+    return [*lines, f"sample        not shown: none of {len(reasons)} records can be used, first: {reasons[0]}"]
 
 
 def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversation, list[Visual]]]:

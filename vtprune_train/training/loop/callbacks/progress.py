@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.callback import Callback, Trainer
+from vtprune_train.training.loop.layout import has_videos
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +127,13 @@ def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> l
     if not finished:
         return [f"run.stop_after={config.run.stop_after}: {saved}; the same command without it continues from there"]
     model, out = shlex.quote(str(config.run_dir)), shlex.quote(f"{config.run_dir}-export")
+    kind = "video" if has_videos(config) else "image"
     generating = out if config.train.export == "never" else model
     return [
         f"done: step {step} of {trainer.total_steps}, {steps} step{'' if steps == 1 else 's'} by this process in "
         f"{duration(seconds)}; the run is in {config.run_dir}",
         f"export the model: vtprune export --model {model} --out {out}",
-        f'generate an answer: vtprune generate --model {generating} --image FILE --prompt "..."',
+        f'generate an answer: vtprune generate --model {generating} --{kind} FILE --prompt "..."',
     ]
 
 
