@@ -47,7 +47,7 @@ SETTINGS = [
     ("train.seed=3", "train.seed: unknown key; did you mean run.seed?"),
     ("train.max_length=3", "did you mean data.max_length?"),
     ("name=x", "did you mean run.name?"),
-    ("data.train=[{path: a.json, images: b, video: c}]", "data.train.0.video: unknown key; did you mean data.train.0.videos?"),
+    ("data.train=[{path: a.json, images: b, video: c}]", "video: unknown key; did you mean data.train.0.videos?"),
     ("data.video={num_frames: 4, max_frames: 8}", "max_frames=8 is a limit of sampling by fps and has no effect with"),
     ("data.video={num_frames: 4, fps: 1}", "fps=1 and num_frames=4 exclude each other; set one to null"),
     ("path=x", "did you mean model.path?"),
