@@ -44,7 +44,7 @@ class VideoConfig(Section):
     max_pixels: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of pixels after resizing: of each frame in Qwen2-VL and Qwen2.5-VL, of all frames "
+        description="Maximum number of pixels after resizing. Of each frame in Qwen2-VL and Qwen2.5-VL, of all frames "
         "together in Qwen3-VL and Qwen3.5. An error in families with a fixed frame size.",
     )
 
