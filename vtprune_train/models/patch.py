@@ -309,6 +309,8 @@ def _install(model: HFModule, state: State) -> None:
     ]
     if not isinstance(family.videos, Lacks):
         replacements.append((family.base, "get_video_features", images.get_video_features))
+    if hasattr(model, "_expand_multimodal_outputs"):
+        replacements.append(("", "_expand_multimodal_outputs", images.expand_outputs))
     if family.three_part_positions is not None:
         replacements.append(("", "_prepare_position_ids_for_generation", generate.prepare_position_ids))
     if hasattr(model.get_submodule(family.base), "pack_image_features"):
