@@ -31,6 +31,7 @@ from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.evs import EVS, changes
+from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.prunevid import merged_places
 from vtprune_train.pruning.ops.scenes import scenes_of
 from vtprune_train.pruning.ops.videos import steps_of
@@ -170,9 +171,30 @@ def test_what_has_no_known_steps_stays_whole(method, span):
 
 
 @EACH
-def test_after_an_earlier_drop_a_video_stays_as_it_is(method):
-    plan = Combined((DivPrune(keep=0.5), method)).plan(layouts([[Clip(8, 4, 5)]]), 4)
-    assert [span.after for span in plan.boundaries[1].spans] == [80]
+def test_after_an_earlier_drop_a_method_for_videos_is_refused(method):
+    with pytest.raises(ValueError, match=f"{method.name} compares .* divprune drops .* list {method.name}"):
+        Combined((DivPrune(keep=0.5), method)).drops(4)
+    with pytest.raises(ValueError, match=f"{method.name} compares whole frames .* remove one of them"):
+        Combined((EVS(keep=0.5), method)).drops(4)
+    assert len(Combined((method, DivPrune(keep=0.5))).drops(4)) == 2
+
+
+@EACH
+def test_removing_keys_is_refused_if_it_divides_the_video(method):
+    """Text between the frames divides a video into spans of one frame, of which nothing would be dropped."""
+    grids, runs = ((2, 5),) * 3, tuple((2 + 12 * step, 10) for step in range(3))
+    with_text = SegmentLayout(40, (ImageSpan(2, 30, grids, 3, runs),), (37,), (38,))
+    adjacent = SegmentLayout(40, (ImageSpan(2, 30, grids, 3),), (37,), (38,))
+    combined = Combined((method, PLPHP()))
+    with pytest.raises(ValueError, match=f"{method.name} compares the frames of a video, but .* removes keys"):
+        combined.plan([with_text], 8)
+    assert combined.plan([adjacent], 8).boundaries[0].spans == method.plan([adjacent], 8).boundaries[0].spans
+    assert len(method.plan([with_text], 8).boundaries[0].spans) == 1
+    one_frame = SegmentLayout(40, (ImageSpan(2, 10, grids[:1], 1, runs[:1]),), (37,), (38,))
+    combined.plan([one_frame], 8)
+    if method.name in ("vidcom2", "prunevid"):
+        per_frame = Combined((replace(method, per="frame"), PLPHP(per="frame")))
+        assert len(per_frame.plan([with_text], 8).boundaries[0].spans) == 3
 
 
 @EACH

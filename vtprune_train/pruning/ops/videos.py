@@ -59,7 +59,13 @@ def check_per_video(name: str, per: str) -> None:
 
 class VideoDrop(Drop):
     """A drop that reduces videos only: images and videos whose steps are unknown are kept whole, and so are tokens of
-    no step. Where only lengths are known (budgets), every span counts as a long video."""
+    no step. Subclasses override :meth:`of_steps` to count differently.
+
+    :meth:`kept` is only called where lengths alone are known (budgets): every span then counts as a long video, of
+    which the share ``keep`` is kept.
+    """
+
+    compares_frames = True
 
     def of_steps(self, steps: Steps) -> int:
         """Number of tokens kept from the steps of a video, at least one."""
