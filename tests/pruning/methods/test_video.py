@@ -294,6 +294,14 @@ def test_budgets_and_settings(cls):
         cls(positions="later")
 
 
+def test_vidcom2_keeps_a_token_of_every_frame():
+    """Budgets are rounded for each frame: 64 times 2 of 12 tokens are more than the share of 0.15, 115 tokens."""
+    scene = Scene(VidCom2(keep=0.15), [[Clip(64, 3, 4)]])
+    kept = VidCom2(keep=0.15).choose(scene.candidates()).chosen
+    assert len(kept) == 115 < 64 * 2
+    assert len((kept // 12).unique()) == 64
+
+
 def test_more_settings():
     for cls in (EVS, DyCoke):
         with pytest.raises(ValueError, match=r"per='frame' has no meaning for \w+, which compares the frames"):
