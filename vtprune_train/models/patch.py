@@ -101,7 +101,9 @@ def prune(
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     full_frequencies(text_model, look=True)
     if method is not None:
-        method = fitted(method, text_model.config)
+        if (moved := fitted(method, text_model.config)) is not method:
+            method = moved
+            log.info("drop points moved to layers that attend: %s", schedule(method, len(text_model.layers)))
         check_method(method, len(text_model.layers))
         check_attending(method, text_model.config)
         check_tower(inner.get_submodule(family.base).config, family, method)

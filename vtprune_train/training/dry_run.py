@@ -78,9 +78,9 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     image_processor = build_image_processor(model_config, local, config.model.max_pixels)
     layout = build_layout(config, loop, model_config, image_processor, local)
     num_layers = model_config.text_config.num_hidden_layers
-    config.pruning.fit(model_config.text_config)
-    method = config.pruning.build()
     try:
+        config.pruning.fit(model_config.text_config)
+        method = config.pruning.build()
         drops = method.drops(num_layers) if method else ()
         per: Per = method.per if method else "video"
         schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []

@@ -1,6 +1,7 @@
 """Qwen3.5: layers with a recurrent state in packed batches and in the cache, against transformers' own layers."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from vtprune_train.models.forward.padded import decode, kept_tokens, prefill
 from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.fastv import FastV
+from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.methods.hidrop import HiDrop
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.random_tokens import Random
+from vtprune_train.pruning.methods.sparsevlm import SparseVLM
 
 PATTERN = (3, 7)  # every fourth layer attends, as published
 DROP = PyramidDrop(layers=(3, 7), keep=(0.5, 0.25))
@@ -310,6 +314,48 @@ def test_default_drop_points_move_to_layers_that_attend():
     settings = PruningConfig(keep=[0.5, 0.25])
     settings.fit(config)
     assert settings.settings["layers"] == [3, 7] and settings.build().drops(8)[0].layer == 3
+
+
+def decoder(depth):
+    """A text config in which every fourth layer attends."""
+    kinds = ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(depth)]
+    return SimpleNamespace(num_hidden_layers=depth, layer_types=kinds)
+
+
+@pytest.mark.parametrize("method", [FastV(), SparseVLM(), Feather()], ids=lambda method: method.name)
+def test_a_decoder_in_which_no_layer_can_rank(method):
+    """Only the last of 4 layers attends, after which nothing can be dropped."""
+    assert fitted(method, decoder(4)) is method
+    with pytest.raises(ValueError, match=rf"{method.name} cannot rank in this decoder of 4 layers .* attend: 3\)"):
+        check_attending(method, decoder(4))
+
+
+def test_more_drop_points_than_layers_that_attend():
+    with pytest.raises(
+        ValueError, match=r"pyramiddrop has 3 drop points .* only 2 are possible \(before 3, 7; .* at most 2"
+    ):
+        check_attending(fitted(PyramidDrop(), decoder(8)), decoder(8))
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [(PyramidDrop(), (7, 15, 23)), (SparseVLM(), (3, 7, 15)), (HiDrop(), (11, 15, 19, 23))],
+    ids=repr,
+)
+def test_default_drop_points_follow_the_setting(method, layers):
+    assert fitted(method, decoder(32)).layers == layers
+    check_attending(fitted(method, decoder(32)), decoder(32))
+
+
+def test_moved_drop_points_that_a_method_refuses():
+    with pytest.raises(ValueError, match=r"moving them to layers=.* does not fit: layers=.* must lie between enter=6"):
+        fitted(HiDrop(), decoder(24))
+
+
+def test_moved_drop_points_are_logged(caplog):
+    with caplog.at_level("INFO"):
+        make("fastv")
+    assert "drop points moved to layers that attend" in caplog.text and "before layer 4" in caplog.text
 
 
 def test_the_loss_of_the_router_is_not_computed():
