@@ -37,7 +37,7 @@ from vtprune_train.models.forward.attention import (
 )
 from vtprune_train.models.forward.calls import STATE, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
-from vtprune_train.models.forward.linear_attention import MIXER, attending_layers
+from vtprune_train.models.forward.linear_attention import MIXER, layers_that_attend
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
@@ -172,7 +172,7 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
     inner = unwrapped(model)
     weight = inner.get_output_embeddings().weight
     text_model = inner.get_submodule(family_of(inner).decoder)
-    attention = text_model.layers[attending_layers(text_model)[0]].self_attn
+    attention = text_model.layers[layers_that_attend(text_model)[0]].self_attn
     return choose_backend(requested, weight.device, weight.dtype, attention.head_dim)
 
 
