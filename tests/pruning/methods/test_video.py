@@ -32,7 +32,7 @@ from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.evs import EVS, changes
 from vtprune_train.pruning.methods.plphp import PLPHP
-from vtprune_train.pruning.methods.prunevid import merged_places
+from vtprune_train.pruning.methods.prunevid import frame_clusters, merged_places, merged_sets
 from vtprune_train.pruning.ops.scenes import scenes_of
 from vtprune_train.pruning.ops.videos import steps_of
 
@@ -99,6 +99,17 @@ def test_prunevid_with_a_fixed_share_keeps_exactly_that(seed, clip, keep, tau):
     if keep == 1.0:
         assert selection.chosen.tolist() == list(range(clip.tokens))
         assert torch.equal(selection.values, scene.hidden[:of_frames]), "nothing merged, nothing changed"
+
+
+def test_scenes_and_clusters_do_not_depend_on_rounded_means():
+    """In bfloat16, means of frames and of places that change little would round to the same values."""
+    generator = torch.Generator().manual_seed(2)
+    frames = (8 + 0.05 * torch.randn(12, 40, 16, generator=generator)).to(torch.bfloat16)
+    exact = frames.float()
+    assert torch.equal(frame_clusters(frames, 0.5), frame_clusters(exact, 0.5))
+    sets = [((0, 12), np.arange(40))]
+    found, expected = merged_sets(frames, sets, [10]), merged_sets(exact, sets, [10])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1].to(torch.bfloat16))
 
 
 def test_the_most_similar_places_merge_first():

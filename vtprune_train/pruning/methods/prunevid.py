@@ -140,10 +140,11 @@ def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def frame_clusters(frames_FNC: Tensor, share: float) -> Tensor:
-    """[F] int64, the cluster of each frame's mean token."""
+    """[F] int64, the cluster of each frame's mean token; means and distances in float32 at least."""
     num_frames = len(frames_FNC)
     clusters = max(1, floor_of(share, num_frames))
-    return density_peaks(frames_FNC.mean(dim=1), clusters, min(NEIGHBOURS, num_frames))[1]
+    means_FC = frames_FNC.mean(dim=1, dtype=torch.promote_types(frames_FNC.dtype, torch.float32))
+    return density_peaks(means_FC, clusters, min(NEIGHBOURS, num_frames))[1]
 
 
 def stillness(frames_FNC: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def token_sets(scenes: Sequence[tuple[int, int]], merged: np.ndarray) -> list[To
 
 
 def merged_sets(frames_FNC: Tensor, sets: Sequence[TokenSet], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Average each set over its frames and merge it into clusters.
+    """Average each set over its frames and merge it into clusters, in float32 at least.
 
     Args:
         frames_FNC: a video's tokens; gradients flow to all of them that are merged.
@@ -196,18 +197,18 @@ def merged_sets(frames_FNC: Tensor, sets: Sequence[TokenSet], targets: Sequence[
 
     Returns:
         [K] int64 indices into F * N, the centre of each cluster (in the first of its frames), set by set, best first;
-        [K, C] the clusters' means.
+        [K, C] the clusters' means, in the precision of ``frames_FNC``.
     """
-    size = frames_FNC.shape[1]
+    size, dtype = frames_FNC.shape[1], torch.promote_types(frames_FNC.dtype, torch.float32)
     indices = to_device(tuple(places for _, places in sets), frames_FNC.device)
     centres, means = [torch.zeros(0, dtype=torch.int64, device=frames_FNC.device)], [frames_FNC[0, :0]]
     for ((start, end), _), places, count in zip(sets, indices, targets, strict=True):
         if not count:
             continue
-        tokens_MC = frames_FNC[start:end].index_select(1, places).mean(dim=0)
+        tokens_MC = frames_FNC[start:end].index_select(1, places).mean(dim=0, dtype=dtype)
         if count < len(tokens_MC):
             best, cluster = density_peaks(tokens_MC.detach(), count, min(NEIGHBOURS, len(tokens_MC)))
             tokens_MC, places = merge_clusters(tokens_MC, cluster, count, True), places.index_select(0, best)
         centres.append(start * size + places)
-        means.append(tokens_MC)
+        means.append(tokens_MC.to(frames_FNC.dtype))
     return torch.cat(centres), torch.cat(means)
