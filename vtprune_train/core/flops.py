@@ -442,10 +442,10 @@ def stage_lengths(
         newlines = np.repeat(newlines, steps) * is_last
         spans, sample_of_span = np.repeat(spans // steps, steps) + newlines, np.repeat(sample_of_span, steps)
         frames = np.repeat(np.minimum(frames, 1), steps)
-    known: Sequence[ImageSpan] = ()
+    image_spans: Sequence[ImageSpan] = ()
     if frames is not None and any(type(drop).kept_of is not Drop.kept_of for drop in drops):
-        known = [_span(*sizes) for sizes in zip(spans.tolist(), frames.tolist(), newlines.tolist(), strict=True)]
-    counts = counts_per_stage(drops, spans, spans=known)
+        image_spans = [_span(*sizes) for sizes in zip(spans.tolist(), frames.tolist(), newlines.tolist(), strict=True)]
+    counts = counts_per_stage(drops, spans, spans=image_spans)
     visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
     return np.stack([text + tokens for tokens in visual], axis=1)
 

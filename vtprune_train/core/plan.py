@@ -47,10 +47,10 @@ def counts_per_stage(
         spans: the spans, if known; without them, drops that tell videos from images count every span as a long video.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
-    found: dict[int, np.ndarray] = {}
+    at_first_drop: dict[int, np.ndarray] = {}  # of each method
     for index, drop in enumerate(drops):
         before = counts[-1]
-        original = found.setdefault(drop.owner, before)
+        original = at_first_drop.setdefault(drop.owner, before)
         if index < len(measured):
             counts.append(np.asarray(measured[index], dtype=np.int64))
             continue
@@ -113,9 +113,9 @@ def plan_stream(
     )
     if any(0 in stage.segment_lengths for stage in stages[1:]):
         raise _nothing_left()
-    found: dict[int, np.ndarray] = {}
+    at_first_drop: dict[int, np.ndarray] = {}
     boundaries = tuple(
-        _boundary(layout, before, after, drop, found.setdefault(drop.owner, before.kept))
+        _boundary(layout, before, after, drop, at_first_drop.setdefault(drop.owner, before.kept))
         for before, after, drop in zip(places[:-1], places[1:], drops, strict=True)
     )
     key_layouts = tuple(
@@ -183,9 +183,14 @@ def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -
 def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
     """Recompute ``plan`` on the host after its first drops, given the actual token counts ``measured``: one [spans]
     int64 array per drop done so far."""
-    made = plan.outline
+    outline = plan.outline
     return plan_stream(
-        made.segments, made.drops, made.num_layers, key_layers=made.key_layers, method=made.method, measured=measured
+        outline.segments,
+        outline.drops,
+        outline.num_layers,
+        key_layers=outline.key_layers,
+        method=outline.method,
+        measured=measured,
     )
 
 

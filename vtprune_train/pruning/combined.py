@@ -110,16 +110,16 @@ class Combined(PruningMethod):
         return Combined(tuple(change(method) for method in self.methods))
 
 
-def _common_per(methods: tuple[PruningMethod, ...], own: Per) -> Per:
-    """The ``per`` of all methods, since all of them see the same spans; ``own`` is the combination's."""
+def _common_per(methods: tuple[PruningMethod, ...], per: Per) -> Per:
+    """The ``per`` of all methods, since all of them see the same spans; ``per`` is the combination's."""
     different = [method for method in methods if method.per != methods[0].per]
     if different:
         raise ValueError(
             f"{methods[0].name} has per={methods[0].per} and {different[0].name} has per={different[0].per}, but all "
             "methods of a combination divide videos in the same way; set the same per for each of them"
         )
-    if own == "frame" != methods[0].per:
-        raise ValueError(f"per={own} is set for a combination; set it for each of its methods instead")
+    if per == "frame" != methods[0].per:
+        raise ValueError(f"per={per} is set for a combination; set it for each of its methods instead")
     return methods[0].per
 
 

@@ -26,9 +26,9 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
     prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, state, prompt, inputs)
-    given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
+    widths = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
     previous = state.running.prompt_width, state.running.is_step
-    state.running.prompt_width, state.running.is_step = max(given, default=None), None
+    state.running.prompt_width, state.running.is_step = max(widths, default=None), None
     try:
         return original(**inputs)
     finally:

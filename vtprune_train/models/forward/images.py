@@ -56,7 +56,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
-        _attach(images, [_Seen(*known) for known in zip(grids, encoders, strict=True)])
+        _attach(images, [_Seen(*seen) for seen in zip(grids, encoders, strict=True)])
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features

@@ -1,6 +1,8 @@
 """DyCoke (arXiv 2411.15024), temporal token merging: of four frames the first is kept whole, the others keep the visual
 tokens that differ most from it or from the frame before.
 
+Source: ``dycole_ttm`` in ``llava/model/llava_arch.py`` of KD-TAO/DyCoke at dd74634.
+
 Shape suffixes: F steps in time, N tokens of a step, C hidden size.
 """
 

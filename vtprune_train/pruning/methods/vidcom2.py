@@ -1,6 +1,9 @@
 """VidCom2 (arXiv 2505.14454): frames that stand out from the video keep more visual tokens, and each frame keeps the
 tokens that stand out from the video and from the frame.
 
+Sources: ``vidcom2_compression`` in ``token_compressor/vidcom2/vidcom2.py`` of xuyang-liu16/VidCom2 at 944a17d; for the
+exact total, ``compute_retention_mask`` in ``vllm/multimodal/video_prune/vidcom2.py`` of vllm-project/vllm at 0f17ee0.
+
 Shape suffixes: F steps in time, N tokens of a step, C hidden size, D channels compared.
 """
 
