@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.packed import random_segment
-from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.plan import counts_per_stage, plan_stream
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.pruning.ops.selection import next_rows, top_k_per_span
 
@@ -118,3 +118,75 @@ def test_nothing_left_to_predict_from():
         with pytest.raises(ValueError, match="no row is left to predict"):
             plan_stream(segments, (Drop(1, 0.2),), 4)
         plan_stream(segments, (Drop(1, 0.5),), 4)
+
+
+def slow_error(segment, drops):
+    """The rule of each row, one offset after the other; ``None`` if all are allowed."""
+    tokens = [set(span.offsets().tolist()) for span in segment.spans]
+    between = {
+        offset
+        for span, of_span in zip(segment.spans, tokens, strict=True)
+        for offset in range(span.start, span.end)
+        if offset not in of_span
+    }
+    if drops and between.intersection((*segment.query_offsets, *segment.supervised_offsets)):
+        return "text between the frames"
+    inside = {offset for span in segment.spans for offset in range(span.start, span.end)} - between
+    last = {span.end - 1 for span in segment.spans}
+    if any(offset >= segment.length for offset in segment.query_offsets):
+        return "outside its segment"
+    if any(offset in inside - last for offset in segment.query_offsets):
+        return "is inside an image"
+    if any(not 1 <= offset < segment.length or offset in inside for offset in segment.supervised_offsets):
+        return "supervised token"
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 100_000), st.booleans())
+def test_rows_inside_and_between_the_frames_of_videos(seed, drops):
+    rng = np.random.default_rng(seed)
+    spans, offset = [], int(rng.integers(0, 3))
+    for _ in range(rng.integers(1, 4)):
+        if rng.random() < 0.5:
+            spans.append(ImageSpan(offset, int(rng.integers(0, 4))))
+        else:
+            runs, start = [], offset
+            for _ in range(rng.integers(1, 4)):
+                runs.append((start, int(rng.integers(1, 4))))
+                start = sum(runs[-1]) + int(rng.integers(0, 3))
+            spans.append(ImageSpan(offset, sum(size for _, size in runs), frames=len(runs), runs=tuple(runs)))
+        offset = spans[-1].end + int(rng.integers(0, 3))
+    rows = rng.integers(0, offset + 4, (2, 2)).tolist()
+    segment = SegmentLayout(offset + 3, tuple(spans), tuple(rows[0]), tuple(rows[1]))
+    expected = slow_error(segment, drops)
+    try:
+        plan_stream([segment], (Drop(1, 1.0),) if drops else (), 2)
+    except ValueError as error:
+        assert (expected or "no row is left to predict") in str(error)
+    else:
+        assert expected is None
+
+
+def test_steps_of_a_video_without_grids():
+    """Equal parts of its tokens, or its runs."""
+    steps = ImageSpan(5, 12, frames=4).steps()
+    assert [(step.start, step.length, step.frames) for step in steps] == [(5 + 3 * n, 3, 1) for n in range(4)]
+    with pytest.raises(ValueError, match=r"13 tokens cannot be divided into 4 steps in time .* use per: video"):
+        ImageSpan(5, 13, frames=4).steps()
+    runs = ((5, 6), (13, 7))
+    assert [(step.start, step.length) for step in ImageSpan(5, 13, frames=2, runs=runs).steps()] == list(runs)
+    assert len(ImageSpan(5, 12, ((2, 3), (2, 3)), frames=3).steps()) == 3, "grids of too few steps are unknown"
+
+
+def test_a_count_that_needs_spans_is_computed_once_for_equal_spans():
+    calls = []
+
+    class Counting(Drop):
+        def kept_of(self, span, length, before):
+            calls.append((span.grids, span.frames, before))
+            return before // (2 if span.frames else 1)
+
+    spans = [ImageSpan(0, 8, ((2, 2),) * 2, 2), ImageSpan(9, 8), ImageSpan(20, 8, ((2, 2),) * 2, 2), ImageSpan(30, 8)]
+    kept = counts_per_stage([Counting(1, 0.5)], [8] * 4, spans=spans)[1]
+    assert kept.tolist() == [4, 8, 4, 8] and len(calls) == 2

@@ -345,6 +345,25 @@ def test_a_text_turn_of_three_part_positions(name):
     assert torch.allclose(logits[0], logits[2], atol=1e-4)
 
 
+@pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_expand_multimodal_outputs"), reason="this version takes no computed features"
+)
+def test_features_of_nothing_leave_the_positions_of_a_text_turn():
+    """``mm_encoder_outputs`` without features is a text turn, whatever request the model answered before it."""
+    model = prune(family_model("qwen2_5_vl"), HALF)
+    first = family_inputs("qwen2_5_vl", [["user", 0, "what is shown ?"]] * 2)
+    ids = torch.tensor([tokenizer().convert_tokens_to_ids(["and", "the", "left", "?"])] * 2)
+    logits = []
+    for features in (None, {"image": None, "video": None}):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(**first, past_key_values=cache, use_cache=True)
+            generate(model, family_inputs("qwen2_5_vl", BATCH_OF_8[:3]), max_new_tokens=1)
+            made = model(input_ids=ids, past_key_values=cache, use_cache=True, mm_encoder_outputs=features)
+        logits.append(made.logits)
+    assert torch.equal(*logits)
+
+
 def test_a_pruned_assistant_is_refused():
     model, assistant = family_model("llava_next"), prune(family_model("llava_next", seed=1), HALF)
     prune(model, HALF)

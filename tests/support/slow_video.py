@@ -155,7 +155,8 @@ def slow_vidcom2(frames, keep):
         kept += sorted([(f, p) for p in range(places)], key=alike.get)[: max(1, round(share * places))]
     target = max(count, math.floor(round(keep * 1000) * count * places / 1000 + 1e-9))
     while len(kept) > target:
-        kept.remove(max(kept, key=alike.get))
+        several = [token for token in kept if sum(token[0] == frame for frame, _ in kept) > 1]
+        kept.remove(max(several, key=alike.get))
     while len(kept) < target:
         kept.append(min((token for token in alike if token not in kept), key=alike.get))
     return sorted(kept)

@@ -420,6 +420,7 @@ def stage_lengths(
     sample_of_span: np.ndarray,
     drops: Sequence[Drop],
     frames: np.ndarray | None = None,
+    per: str = "video",
 ) -> np.ndarray:
     """[samples, stages] tokens of each sample in each stage. Steps in time are assumed to have equally many tokens.
 
@@ -429,19 +430,31 @@ def stage_lengths(
         sample_of_span: [spans] the sample each image belongs to.
         drops: the schedule.
         frames: [spans] number of steps in time of every video, 0 for an image; ``None`` if unknown.
+        per: what the keep ratios refer to in a video, see ``vtprune_train.pruning.base.Per``.
     """
-    known: Sequence[ImageSpan] = ()
+    newlines = np.zeros_like(spans)
+    if frames is not None:
+        newlines = np.where(frames > 0, spans % np.maximum(frames, 1), 0)
+    if frames is not None and per == "frame":
+        steps = np.maximum(frames, 1)
+        is_last = np.zeros(steps.sum(), dtype=bool)
+        is_last[np.cumsum(steps) - 1] = True
+        newlines = np.repeat(newlines, steps) * is_last
+        spans, sample_of_span = np.repeat(spans // steps, steps) + newlines, np.repeat(sample_of_span, steps)
+        frames = np.repeat(np.minimum(frames, 1), steps)
+    image_spans: Sequence[ImageSpan] = ()
     if frames is not None and any(type(drop).kept_of is not Drop.kept_of for drop in drops):
-        known = [_span(int(length), int(steps)) for length, steps in zip(spans, frames, strict=True)]
-    counts = counts_per_stage(drops, spans, spans=known)
+        image_spans = [_span(*sizes) for sizes in zip(spans.tolist(), frames.tolist(), newlines.tolist(), strict=True)]
+    counts = counts_per_stage(drops, spans, spans=image_spans)
     visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
-    return np.stack([text + own for own in visual], axis=1)
+    return np.stack([text + tokens for tokens in visual], axis=1)
 
 
-def _span(length: int, steps: int) -> ImageSpan:
-    """A span of this many tokens. Tokens that remain after dividing them into equal steps are newlines."""
-    per_step, newlines = divmod(length, max(steps, 1))
-    return ImageSpan(0, length, ((1, per_step),) * steps + ((1, 1),) * newlines if steps else (), steps)
+def _span(length: int, steps: int, newlines: int) -> ImageSpan:
+    """A span of this many tokens; the last ``newlines`` of them belong to no step."""
+    if not steps:
+        return ImageSpan(0, length)
+    return ImageSpan(0, length, ((1, (length - newlines) // steps),) * steps + ((1, 1),) * newlines, steps)
 
 
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:

@@ -47,10 +47,10 @@ def counts_per_stage(
         spans: the spans, if known. Without them, drops that treat videos differently count every span as a long video.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
-    found: dict[int, np.ndarray] = {}
+    at_first_drop: dict[int, np.ndarray] = {}  # of each method
     for index, drop in enumerate(drops):
         before = counts[-1]
-        original = found.setdefault(drop.owner, before)
+        original = at_first_drop.setdefault(drop.owner, before)
         if index < len(measured):
             counts.append(np.asarray(measured[index], dtype=np.int64))
             continue
@@ -62,9 +62,13 @@ def counts_per_stage(
 def _kept(drop: Drop, original: np.ndarray, before: np.ndarray, spans: Sequence[ImageSpan]) -> np.ndarray:
     """[spans] int64, token count of each span after a drop."""
     pairs = np.stack([original, before])
-    if spans:
-        known = [drop.kept_of(span, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
-        return np.array(known, dtype=np.int64)
+    if spans and type(drop).kept_of is not Drop.kept_of:
+        counts: dict[Any, int] = {}
+        keys = [(span.grids, span.frames, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
+        for span, key in zip(spans, keys, strict=True):
+            if key not in counts:
+                counts[key] = drop.kept_of(span, *key[2:])
+        return np.array([counts[key] for key in keys], dtype=np.int64)
     different, place = np.unique(pairs, axis=1, return_inverse=True)
     kept = np.array([drop.kept(length, now) for length, now in different.T.tolist()], dtype=np.int64)
     return kept[place.ravel()]
@@ -90,10 +94,13 @@ def plan_stream(
         measured: [spans] actual token counts after the first drops, if a pass has already determined them.
 
     Raises:
-        ValueError: no segments, a span or query row outside its segment, or a segment with no remaining tokens.
+        ValueError: no segments, a span or query row outside its segment, a segment with no remaining tokens, or a
+            method that compares frames in a pass that divides videos into frames.
     """
     if not segments:
         raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
+    if key_layers:
+        _check_whole_videos(segments, drops, method)
     segments = divided(segments, getattr(method, "per", "video"), bool(key_layers))
     layout = _StreamLayout.of(segments, bool(drops))
     spans = [span for segment in segments for span in segment.spans]
@@ -106,9 +113,9 @@ def plan_stream(
     )
     if any(0 in stage.segment_lengths for stage in stages[1:]):
         raise _nothing_left()
-    found: dict[int, np.ndarray] = {}
+    at_first_drop: dict[int, np.ndarray] = {}
     boundaries = tuple(
-        _boundary(layout, before, after, drop, found.setdefault(drop.owner, before.kept))
+        _boundary(layout, before, after, drop, at_first_drop.setdefault(drop.owner, before.kept))
         for before, after, drop in zip(places[:-1], places[1:], drops, strict=True)
     )
     key_layouts = tuple(
@@ -141,6 +148,19 @@ def divided(segments: Sequence[SegmentLayout], per: str, chooses_keys: bool) -> 
     return [dataclasses.replace(segment, spans=spans(segment)) for segment in segments]
 
 
+def _check_whole_videos(segments: Sequence[SegmentLayout], drops: Sequence[Drop], method: Any) -> None:
+    """Raise a ``ValueError`` if a method for videos would see single frames, because another one removes keys."""
+    comparing = [drop for drop in drops if drop.compares_frames]
+    if not comparing or method.per == "frame":
+        return
+    if any(span.runs and span.frames > 1 for segment in segments for span in segment.spans):
+        raise ValueError(
+            f"{method.parts[comparing[0].owner].name} compares the frames of a video, but a method that removes keys "
+            "from the key-value cache needs videos with text between the frames (Qwen3-VL, Qwen3.5) divided into "
+            "frames: remove one of the two methods"
+        )
+
+
 def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
     """Number of tokens of each segment before its first image with remaining tokens at a stage; ``None`` if there is no
     such image."""
@@ -163,9 +183,14 @@ def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -
 def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
     """Recompute ``plan`` on the host after its first drops, given the actual token counts ``measured``: one [spans]
     int64 array per drop done so far."""
-    made = plan.outline
+    outline = plan.outline
     return plan_stream(
-        made.segments, made.drops, made.num_layers, key_layers=made.key_layers, method=made.method, measured=measured
+        outline.segments,
+        outline.drops,
+        outline.num_layers,
+        key_layers=outline.key_layers,
+        method=outline.method,
+        measured=measured,
     )
 
 
@@ -272,28 +297,48 @@ def _check_segment(segment: SegmentLayout, drops: bool) -> None:
                 "runs that do not add up to its length"
             )
         end = span.end
-    between = {offset for span in segment.spans if span.runs for offset in range(span.start, span.end)}
-    between.difference_update(*(span.offsets().tolist() for span in segment.spans if span.runs))
-    if drops and (wrong := sorted(between.intersection((*segment.query_offsets, *segment.supervised_offsets)))):
-        raise ValueError(
-            f"the text between the frames of a video (token {wrong[0]} of the sample) has labels or ends a prompt; set "
-            "its labels to -100, or drop tokens per frame (per: frame)"
-        )
-    for offset in segment.query_offsets:
-        if not 0 <= offset < segment.length:
-            raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
-        if offset not in between and any(span.start <= offset < span.end - 1 for span in segment.spans):
-            raise ValueError(
-                f"query row {offset} is inside an image; only the last token of an image can be a query row"
-            )
-    for offset in segment.supervised_offsets:
-        inside = offset not in between and any(span.start <= offset < span.end for span in segment.spans)
-        if not 1 <= offset < segment.length or inside:
-            raise ValueError(
-                f"supervised token {offset} must not be the first of its segment, outside it, or inside an image"
-            )
+    _check_rows(segment, drops)
     if segment.spans and not segment.query_offsets:
         raise ValueError("a segment with images needs at least one query row to rank their tokens")
+
+
+def _check_rows(segment: SegmentLayout, drops: bool) -> None:
+    """The part of :func:`_check_segment` about query rows and supervised tokens."""
+    queries = np.array(segment.query_offsets, dtype=np.int64)
+    supervised = np.array(segment.supervised_offsets, dtype=np.int64)
+    end_of_query, is_between_query = _enclosing(segment.spans, queries)
+    end_of_target, is_between_target = _enclosing(segment.spans, supervised)
+    between = np.concatenate([queries[is_between_query], supervised[is_between_target]])
+    if drops and len(between):
+        raise ValueError(
+            f"the text between the frames of a video (token {between.min()} of the sample) has labels or ends a "
+            "prompt; set its labels to -100, or drop tokens per frame (per: frame)"
+        )
+    if len(outside := queries[(queries < 0) | (queries >= segment.length)]):
+        raise ValueError(f"query row {outside[0]} lies outside its segment of {segment.length} tokens")
+    if len(inside := queries[(queries < end_of_query - 1) & ~is_between_query]):
+        raise ValueError(
+            f"query row {inside[0]} is inside an image; only the last token of an image can be a query row"
+        )
+    is_wrong = (supervised < 1) | (supervised >= segment.length) | ((end_of_target > 0) & ~is_between_target)
+    if len(wrong := supervised[is_wrong]):
+        raise ValueError(
+            f"supervised token {wrong[0]} must not be the first of its segment, outside it, or inside an image"
+        )
+
+
+def _enclosing(spans: Sequence[ImageSpan], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row: the end of the span around it, 0 if there is none; and whether it is text between two runs of that
+    span."""
+    if not spans or not len(rows):
+        return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=bool)
+    starts, ends = np.array([(span.start, span.end) for span in spans]).T
+    runs = [run for span in spans for run in span.runs or ((span.start, span.length),)]
+    run_starts, run_lengths = np.array(runs).T
+    index = np.searchsorted(starts, rows, side="right") - 1
+    end = np.where((index >= 0) & (rows < ends[index]), ends[index], 0)
+    run = np.searchsorted(run_starts, rows, side="right") - 1
+    return end, (end > 0) & (rows >= run_starts[run] + run_lengths[run])
 
 
 def _runs_fit(span: ImageSpan) -> bool:

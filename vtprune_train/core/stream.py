@@ -10,7 +10,7 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -62,12 +62,16 @@ class ImageSpan:
 
     def steps(self) -> tuple[ImageSpan, ...]:
         """A video divided into one span for each step in time, with newline tokens in the last one; an image unchanged.
-        If the grids of a video are unknown, its runs are its steps."""
+        If the grids of a video are unknown, its runs are its steps, or else equal parts of its tokens.
+
+        Raises:
+            ValueError: grids and runs are unknown and the tokens cannot be divided evenly.
+        """
         if not self.frames:
             return (self,)
         sizes = [rows * columns for rows, columns in self.grids]
-        if sum(sizes) != self.length:
-            runs = self.runs or ((self.start, self.length),)
+        if sum(sizes) != self.length or len(sizes) < self.frames:
+            runs = self.runs or self._equal_parts()
             return tuple(ImageSpan(start, length, frames=1) for start, length in runs)
         last = self.frames - 1
         ends = [*np.cumsum(sizes[:last]).tolist(), self.length]
@@ -77,6 +81,16 @@ class ImageSpan:
             spans.append(ImageSpan(int(offsets[first]), end - first, grids, frames=1))
             first = end
         return tuple(spans)
+
+    def _equal_parts(self) -> tuple[tuple[int, int], ...]:
+        """``(start, length)`` of each step in time, if all have equally many tokens."""
+        size, rest = divmod(self.length, self.frames)
+        if rest:
+            raise ValueError(
+                f"a video of {self.length} tokens cannot be divided into {self.frames} steps in time (per: frame): the "
+                "sizes of its frames are unknown, and the tokens are not a multiple of the steps; use per: video"
+            )
+        return tuple((self.start + step * size, size) for step in range(self.frames))
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,13 @@ class Drop:
             visual token (no text between image and answer, as in projector alignment).
         ranked: whether this drop point needs the attention ranking; some drop points only read hidden states.
         owner: index of the method (in a combination) that performs this drop.
+
+    Attributes:
+        compares_frames: the drop compares the steps in time of whole videos, so it must be the first one, and videos
+            must not be divided into spans.
     """
+
+    compares_frames: ClassVar[bool] = False
 
     layer: int
     keep: float
@@ -150,7 +170,10 @@ class Drop:
         return length if self.returns else floor_of(self.keep, length)
 
     def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
-        """Like :meth:`kept`, for a known span; methods for videos count by its steps in time."""
+        """Like :meth:`kept`, if the span itself is known, as in the plan of a batch: methods for videos count by its
+        steps in time. The planner calls only this method if spans are known, and only :meth:`kept` otherwise (budgets
+        and estimates); the default is the same number. The result may depend on ``span.grids`` and ``span.frames``, but
+        not on the place of the span or its runs: spans that agree in the rest are counted once."""
         return self.kept(length, before)
 
 

@@ -203,6 +203,12 @@ class StateLayer(LinearAttentionLayer):
         part.batch_select_indices(rows)
         return part
 
+    def join(self, parts: Sequence[StateLayer], order: Tensor) -> None:
+        """Fill with the states of ``parts``: row b is row ``order[b]`` of their concatenation; ``order`` [B] int64."""
+        self.__dict__.update(parts[0].__dict__)
+        for states, name in ((self.conv_states, "conv_states"), (self.recurrent_states, "recurrent_states")):
+            states[0] = torch.cat([getattr(part, name)[0] for part in parts]).index_select(0, order)
+
     def put_rows(self, rows: Tensor, part: StateLayer) -> None:
         """Replace the states of ``rows`` [n] int64 by those in ``part``."""
         for states, new in ((self.conv_states, part.conv_states), (self.recurrent_states, part.recurrent_states)):

@@ -37,7 +37,7 @@ from vtprune_train.models.forward.attention import (
 )
 from vtprune_train.models.forward.calls import STATE, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
-from vtprune_train.models.forward.linear_attention import MIXER, attending_layers
+from vtprune_train.models.forward.linear_attention import MIXER, layers_that_attend
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
@@ -101,7 +101,9 @@ def prune(
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     full_frequencies(text_model, look=True)
     if method is not None:
-        method = fitted(method, text_model.config)
+        if (moved := fitted(method, text_model.config)) is not method:
+            method = moved
+            log.info("drop points moved to layers that attend: %s", schedule(method, len(text_model.layers)))
         check_method(method, len(text_model.layers))
         check_attending(method, text_model.config)
         check_tower(inner.get_submodule(family.base).config, family, method)
@@ -170,7 +172,7 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
     inner = unwrapped(model)
     weight = inner.get_output_embeddings().weight
     text_model = inner.get_submodule(family_of(inner).decoder)
-    attention = text_model.layers[attending_layers(text_model)[0]].self_attn
+    attention = text_model.layers[layers_that_attend(text_model)[0]].self_attn
     return choose_backend(requested, weight.device, weight.dtype, attention.head_dim)
 
 
@@ -309,6 +311,8 @@ def _install(model: HFModule, state: State) -> None:
     ]
     if not isinstance(family.videos, Lacks):
         replacements.append((family.base, "get_video_features", images.get_video_features))
+    if hasattr(model, "_expand_multimodal_outputs"):
+        replacements.append(("", "_expand_multimodal_outputs", images.expand_outputs))
     if family.three_part_positions is not None:
         replacements.append(("", "_prepare_position_ids_for_generation", generate.prepare_position_ids))
     if hasattr(model.get_submodule(family.base), "pack_image_features"):

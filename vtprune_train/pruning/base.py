@@ -69,6 +69,9 @@ class PruningMethod(Settings):
         where: where the method acts, as shown by ``vtprune methods``: ``before the decoder``, ``between layers`` or
             ``key-value cache``.
         trains: whether the method can be trained and how, or why not; also shown by ``vtprune methods``.
+        drops_after: difference between the layer before which a drop point acts and its entry in the setting ``layers``
+            or ``layer``: 0 if tokens are dropped before the layer that is set, 1 if after it. Default drop points are
+            moved with it in decoders in which only some layers attend; ``None`` if they cannot be moved one by one.
         before: settings added after a release, with the values that reproduce the method's earlier behavior; they apply
             to checkpoints that lack these settings.
     """
@@ -77,6 +80,7 @@ class PruningMethod(Settings):
     paper: ClassVar[str] = ""
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
+    drops_after: ClassVar[int | None] = 0
     before: ClassVar[Mapping[str, Any]] = {}
 
     per: Per = dataclasses.field(default="video", kw_only=True, metadata={"description": _PER})

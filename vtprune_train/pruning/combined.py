@@ -69,6 +69,7 @@ class Combined(PruningMethod):
             for drop in _drops(method, num_layers)
         ]
         drops.sort(key=lambda drop: drop.layer)  # stable sort: methods that drop at the same layer act in list order
+        _check_frames(self.methods, drops)
         _check_returns(self.methods, drops)
         _check_learned(self.methods, drops)
         _check_ranking(self.methods, drops)
@@ -109,8 +110,8 @@ class Combined(PruningMethod):
         return Combined(tuple(change(method) for method in self.methods))
 
 
-def _common_per(methods: tuple[PruningMethod, ...], own: Per) -> Per:
-    """The ``per`` of all methods, which must be equal because all methods see the same spans; ``own`` is the
+def _common_per(methods: tuple[PruningMethod, ...], per: Per) -> Per:
+    """The ``per`` of all methods, which must be equal because all methods see the same spans; ``per`` is the
     combination's."""
     different = [method for method in methods if method.per != methods[0].per]
     if different:
@@ -118,8 +119,8 @@ def _common_per(methods: tuple[PruningMethod, ...], own: Per) -> Per:
             f"{methods[0].name} has per={methods[0].per} and {different[0].name} has per={different[0].per}, but all "
             "methods of a combination divide videos in the same way; set the same per for each of them"
         )
-    if own == "frame" != methods[0].per:
-        raise ValueError(f"per={own} is set for a combination; set it for each of its methods instead")
+    if per == "frame" != methods[0].per:
+        raise ValueError(f"per={per} is set for a combination; set it for each of its methods instead")
     return methods[0].per
 
 
@@ -132,6 +133,19 @@ def _drops(method: PruningMethod, num_layers: int) -> tuple[Drop, ...]:
         return method.drops(num_layers)
     except ValueError as error:
         raise ValueError(f"{method.name}: {error}") from error
+
+
+def _check_frames(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
+    """Reject a method that compares the frames of videos after another drop, which leaves frames incomplete."""
+    for index, drop in enumerate(drops):
+        before = [other for other in drops[:index] if other.owner != drop.owner]
+        if drop.compares_frames and before:
+            name, other = methods[drop.owner].name, methods[before[0].owner].name
+            same = f"list {name} first" if before[0].layer == drop.layer else f"let {name} drop first"
+            raise ValueError(
+                f"{name} compares whole frames of a video, but {other} drops tokens before it (before layer "
+                f"{before[0].layer}); {same}" + (", or remove one of them" if before[0].compares_frames else "")
+            )
 
 
 def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:

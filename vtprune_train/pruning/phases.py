@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.base import Per, PruningMethod
 
 WarmupKind = Literal["dense", "linear", "cosine"]
 FULL_TOKENS = 0x66756C6C  # separates the RNG stream for full-token steps from others with the same seed and step
@@ -75,6 +75,11 @@ class Phase:
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         """Drop points and keep ratios of the trained pass."""
         return self.method.drops(num_layers) if self.method is not None else ()
+
+    @property
+    def per(self) -> Per:
+        """What the keep ratios refer to in a video, in the trained pass."""
+        return "video" if self.method is None else self.method.per
 
 
 @dataclass(frozen=True)

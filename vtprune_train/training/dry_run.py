@@ -25,7 +25,7 @@ from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning.attending import check_attending
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
@@ -78,10 +78,11 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     image_processor = build_image_processor(model_config, local, config.model.max_pixels)
     layout = build_layout(config, loop, model_config, image_processor, local)
     num_layers = model_config.text_config.num_hidden_layers
-    config.pruning.fit(model_config.text_config)
-    method = config.pruning.build()
     try:
+        config.pruning.fit(model_config.text_config)
+        method = config.pruning.build()
         drops = method.drops(num_layers) if method else ()
+        per: Per = method.per if method else "video"
         schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []
         if method is not None:
             check_method(method, num_layers)
@@ -92,7 +93,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     if method is not None:
         attach(model, method)
     cost = training_cost(config, model_config)
-    batches = _largest_micro_batches(config, layout, () if _has_full_steps(config) else drops, num_layers)
+    batches = _largest_micro_batches(config, layout, () if _has_full_steps(config) else drops, per, num_layers)
     order, level = typical_stages(layout, drops, num_layers), config.train.activation_checkpointing
     estimates = [(Estimate.of(config, model, settings, gpus, batch, order), steps) for batch, steps in batches]
     estimate, steps = max(estimates, key=lambda pair: pair[0].at(level).peak)
@@ -104,14 +105,14 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
-        *_samples(layout, drops, cost, config.data.max_length),
+        *_samples(layout, drops, per, cost, config.data.max_length),
         *_whole_training(config, layout, cost),
         "",
         *sample_lines(config, loop, layout),
         "",
         *_parameters(config, model, zero_stage(settings), estimate.parameters),
         "",
-        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, estimate.batch, steps),
+        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, per, cost, estimate.batch, steps),
         "",
         *_memory(config, estimate, gpus, memory),
     ]
@@ -131,7 +132,7 @@ def _data(config: Config, needed: bool) -> list[str]:
     return check_records(config)
 
 
-def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max_length: int) -> list[str]:
+def _samples(layout: ImageLayout, drops: Sequence[Drop], per: Per, cost: TrainingCost, max_length: int) -> list[str]:
     """A table of costs for the family's image resolutions, and for a video if the run has videos."""
     header = (
         f"{'image':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
@@ -139,23 +140,25 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max
     lines = [header, f"{'':56}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
     for size in layout.examples():
         [of] = layout.visual_tokens([size])
-        lines.append(_sample_line(f"{size[0]} x {size[1]}", of, TYPICAL_TEXT, drops, cost))
+        lines.append(_sample_line(f"{size[0]} x {size[1]}", of, TYPICAL_TEXT, drops, per, cost))
     if layout.video is not None:
-        lines += _video_lines(layout, drops, cost, max_length)
+        lines += _video_lines(layout, drops, per, cost, max_length)
     lines.append("FLOPs / dense: forward and backward of the whole model; speed-ups are FLOP ratios, not measurements")
     return lines
 
 
-def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop], cost: TrainingCost) -> str:
+def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop], per: Per, cost: TrainingCost) -> str:
     visual = np.array([of.total] if of.frames else of.runs)
     frames = np.full(len(visual), of.frames)
-    lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops, frames)
+    lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops, frames, per)
     ratio, decoder, whole = _against_dense(lengths, drops, cost, of)
     stages = " / ".join(str(n) for n in lengths[0])
     return f"{label:>12}{of.tiles:>8}{text:>6}  {stages:<30}{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
 
 
-def _video_lines(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, max_length: int) -> list[str]:
+def _video_lines(
+    layout: ImageLayout, drops: Sequence[Drop], per: Per, cost: TrainingCost, max_length: int
+) -> list[str]:
     """A table row for a 30 s video with the run's sampling, and a description of the video."""
     clip = layout.clip(SHORT_VIDEO)
     [of] = layout.visual_tokens([clip])
@@ -163,7 +166,7 @@ def _video_lines(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost,
     name, length = f"{SHORT_VIDEO.duration:.0f} s video", of.total + TYPICAL_TEXT + written
     too_long = f"; longer than data.max_length={max_length}, see data.video" if length > max_length else ""
     return [
-        _sample_line(name, of, TYPICAL_TEXT + written, drops, cost),
+        _sample_line(name, of, TYPICAL_TEXT + written, drops, per, cost),
         f"{name}: {clip.height} x {clip.width}, {len(clip.indices)} of {clip.total} frames, "
         f"{of.frames or len(of.runs)} steps in time, {of.total} visual tokens{too_long}",
     ]
@@ -275,7 +278,7 @@ def _most_samples(config: Config) -> int:
 
 
 def _largest_micro_batches(
-    config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int
+    config: Config, layout: ImageLayout, drops: Sequence[Drop], per: Per, num_layers: int
 ) -> list[tuple[MicroBatch, int]]:
     """The largest micro-batches that the limits allow: samples of ``max_length`` up to ``max_tokens`` and
     ``global_batch_size``, each with one image of the largest resolution; if the run has videos, also samples each with
@@ -290,19 +293,25 @@ def _largest_micro_batches(
     layers, batches = tuple(layers_per_stage(drops, num_layers)), []
     for visual, tiles, steps in filled:
         text, frames = np.full(count, limit - visual), np.full(count, steps)
-        lengths = stage_lengths(text, np.full(count, visual), np.arange(count), drops, frames)
+        lengths = stage_lengths(text, np.full(count, visual), np.arange(count), drops, frames, per)
         tokens = tuple(lengths.sum(axis=0).tolist())
         batches.append((MicroBatch(tokens, layers, count * tiles, count * visual, count * (limit - visual)), steps))
     return batches
 
 
 def _worst_micro_batch(
-    config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, batch: MicroBatch, steps: int
+    config: Config,
+    layout: ImageLayout,
+    drops: Sequence[Drop],
+    per: Per,
+    cost: TrainingCost,
+    batch: MicroBatch,
+    steps: int,
 ) -> list[str]:
     count = _most_samples(config)
     text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
     tiles, frames = np.full(count, batch.tiles // count), np.full(count, steps)
-    lengths = stage_lengths(text, visual, np.arange(count), drops, frames)
+    lengths = stage_lengths(text, visual, np.arange(count), drops, frames, per)
     flops = cost.sample(lengths, batch.layers, tiles, text, frames=frames).sum()
     return [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "

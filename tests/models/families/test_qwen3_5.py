@@ -1,10 +1,15 @@
 """Qwen3.5: layers with a recurrent state in packed batches and in the cache, against transformers' own layers."""
 
+import gc
 import re
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
@@ -12,17 +17,21 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 from tests.support.families import BATCH, family_inputs, family_model, qwen3_5
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.pruning import PruningConfig
-from vtprune_train.core.flops import DecoderGeometry
+from vtprune_train.core.flops import DELTA_CHUNK, DecoderGeometry
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models.cache import StagedLayer, StateLayer, cache_bytes, staged
+from vtprune_train.models.forward import linear_attention
 from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.models.forward.linear_attention import CHUNK
+from vtprune_train.models.forward.linear_attention import groups_of, padded
 from vtprune_train.models.forward.padded import decode, kept_tokens, prefill
 from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.fastv import FastV
+from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.methods.hidrop import HiDrop
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.random_tokens import Random
+from vtprune_train.pruning.methods.sparsevlm import SparseVLM
 
 PATTERN = (3, 7)  # every fourth layer attends, as published
 DROP = PyramidDrop(layers=(3, 7), keep=(0.5, 0.25))
@@ -122,14 +131,90 @@ def test_a_sample_does_not_change_the_others(packed):
     torch.testing.assert_close(third[205:], first[75:], atol=1e-5, rtol=1e-5)
 
 
-def test_padding_is_a_whole_number_of_chunks_and_the_layer_runs_once(packed):
-    """Under ZeRO-3 every rank calls a module equally often, whatever its samples."""
-    calls, layer = [], packed.model.language_model.layers[0].linear_attn
+def padded_batches(model, lengths):
+    """Shapes of the batches that a linear attention layer runs on, and the hidden states of the decoder."""
+    calls, layer = [], model.model.language_model.layers[0].linear_attn
     handle = layer.in_proj_z.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape))
     with torch.no_grad():
-        run_layers(packed.model.language_model, stream(), DROP.plan(text_segments(*LENGTHS), 8), DROP)
+        plan = DROP.plan(text_segments(*lengths), 8)
+        hidden = run_layers(model.model.language_model, stream(0, lengths), plan, DROP).last_hidden_state
     handle.remove()
-    assert calls == [(len(LENGTHS), 3 * CHUNK, 32)]
+    return calls, hidden
+
+
+def test_segments_of_similar_lengths_share_a_padded_batch(packed):
+    """Rows are a whole number of chunks. Under ZeRO-3 every rank calls a module equally often, whatever its samples."""
+    calls, hidden = padded_batches(packed, LENGTHS)
+    assert calls == [(3, 3 * DELTA_CHUNK, 32), (2, DELTA_CHUNK, 32)]
+    weight = packed.model.language_model.layers[0].linear_attn.in_proj_z.weight
+    weight.ds_id = 0
+    try:
+        calls, together = padded_batches(packed, LENGTHS)
+    finally:
+        del weight.ds_id
+    assert calls == [(len(LENGTHS), 3 * DELTA_CHUNK, 32)]
+    torch.testing.assert_close(together, hidden, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40))
+def test_padding_is_at_most_a_third(lengths):
+    groups = groups_of(lengths)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    for group in groups:
+        rows = [max(1, -(-lengths[index] // DELTA_CHUNK)) for index in group]
+        assert sum(rows) >= max(rows) * len(rows) * 2 / 3
+    batches = padded(lengths, False)
+    assert sum(mask.sum() for mask in batches.is_token) == sum(lengths) == len(batches.scatter)
+    assert batches.gather[batches.scatter].tolist() == list(range(sum(lengths)))
+
+
+def test_indices_are_computed_once_per_stage_and_not_kept(packed, monkeypatch):
+    """For all linear layers, in the first pass and in later turns."""
+    counts, kept = [], []
+
+    def count(name):
+        function = getattr(linear_attention, name)
+
+        def counted(*args):
+            counts.append(name)
+            made = function(*args)
+            kept.append(weakref.ref(made.gather if name == "padded" else made[1]))
+            return made
+
+        monkeypatch.setattr(linear_attention, name, counted)
+
+    count("padded"), count("by_length")
+    text = packed.model.language_model
+    with torch.no_grad():
+        _, _, cache = prefill(text, DROP, stream(0, (70, 5)), text_segments(70, 5), None)
+        assert counts == ["padded"] * 2, "two stages of three linear layers; the last stage has none"
+        prefill(text, DROP, stream(1, (3, 4)), text_segments(3, 4), cache)
+    assert counts[2:] == ["by_length"] * 2
+    gc.collect()
+    assert all(array() is None for array in kept)
+
+
+def states(layer):
+    return layer.recurrent_states, layer.conv_states
+
+
+def test_states_of_groups_are_those_of_single_rows(packed):
+    lengths = (5, 300, 1, 130, 290)
+    with torch.no_grad():
+        parts = stream(0, lengths).split(lengths)
+        text = packed.model.language_model
+        _, _, cache = prefill(text, DROP, torch.cat(parts), text_segments(*lengths), None)
+        for row, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            _, _, alone = prefill(text, DROP, part, text_segments(length), None)
+            for layer, single in zip(cache.layers, alone.layers, strict=True):
+                if isinstance(layer, StateLayer):
+                    torch.testing.assert_close(
+                        layer.recurrent_states[0][row], single.recurrent_states[0][0], atol=1e-4, rtol=1e-3
+                    )
+                    torch.testing.assert_close(
+                        layer.conv_states[0][row], single.conv_states[0][0], atol=1e-4, rtol=1e-3
+                    )
 
 
 def ranked(model, layer, hidden_TC, rotary, rows):
@@ -262,17 +347,17 @@ def test_rows_of_the_cache_are_selected_and_reset(packed):
     assert before.get_seq_length() == 0 and cache_bytes(before) == 0
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
-def test_beams(packed, settings):
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_beams(packed, options):
     """A row in a batch has the beams that it has alone."""
 
     def answers(rows):
         inputs = family_inputs("qwen3_5", rows)
         with torch.no_grad():
-            made = packed.generate(**inputs, max_new_tokens=5, do_sample=False, **settings)
+            made = packed.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
         return made[:, inputs["input_ids"].shape[1] :]
 
-    together, count = answers(BATCH), settings.get("num_return_sequences", 1)
+    together, count = answers(BATCH), options.get("num_return_sequences", 1)
     for index, row in enumerate(BATCH):
         assert torch.equal(together[index * count : (index + 1) * count], answers([row]))
 
@@ -307,9 +392,51 @@ def test_default_drop_points_move_to_layers_that_attend():
     model = make("fastv")
     assert model.config.pruning["layer"] == 4
     check_attending(Random(layer=1), config)
-    settings = PruningConfig(keep=[0.5, 0.25])
-    settings.fit(config)
-    assert settings.settings["layers"] == [3, 7] and settings.build().drops(8)[0].layer == 3
+    section = PruningConfig(keep=[0.5, 0.25])
+    section.fit(config)
+    assert section.settings["layers"] == [3, 7] and section.build().drops(8)[0].layer == 3
+
+
+def decoder(depth):
+    """A text config in which every fourth layer attends."""
+    kinds = ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(depth)]
+    return SimpleNamespace(num_hidden_layers=depth, layer_types=kinds)
+
+
+@pytest.mark.parametrize("method", [FastV(), SparseVLM(), Feather()], ids=lambda method: method.name)
+def test_a_decoder_in_which_no_layer_can_rank(method):
+    """Only the last of 4 layers attends, after which nothing can be dropped."""
+    assert fitted(method, decoder(4)) is method
+    with pytest.raises(ValueError, match=rf"{method.name} cannot rank in this decoder of 4 layers .* attend: 3\)"):
+        check_attending(method, decoder(4))
+
+
+def test_more_drop_points_than_layers_that_attend():
+    with pytest.raises(
+        ValueError, match=r"pyramiddrop has 3 drop points .* only 2 are possible \(before 3, 7; .* at most 2"
+    ):
+        check_attending(fitted(PyramidDrop(), decoder(8)), decoder(8))
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [(PyramidDrop(), (7, 15, 23)), (SparseVLM(), (3, 7, 15)), (HiDrop(), (11, 15, 19, 23))],
+    ids=repr,
+)
+def test_default_drop_points_follow_the_setting(method, layers):
+    assert fitted(method, decoder(32)).layers == layers
+    check_attending(fitted(method, decoder(32)), decoder(32))
+
+
+def test_moved_drop_points_that_a_method_refuses():
+    with pytest.raises(ValueError, match=r"moving them to layers=.* does not fit: layers=.* must lie between enter=6"):
+        fitted(HiDrop(), decoder(24))
+
+
+def test_moved_drop_points_are_logged(caplog):
+    with caplog.at_level("INFO"):
+        make("fastv")
+    assert "drop points moved to layers that attend" in caplog.text and "before layer 4" in caplog.text
 
 
 def test_the_loss_of_the_router_is_not_computed():
@@ -340,11 +467,11 @@ def test_flops_of_a_linear_layer_are_those_that_torch_counts():
     layer, decoder = make().model.language_model.layers[0], None
     decoder = DecoderGeometry.of(qwen3_5(PATTERN).config.text_config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layer(torch.randn(1, 2 * CHUNK, 32), position_embeddings=None)
+        layer(torch.randn(1, 2 * DELTA_CHUNK, 32), position_embeddings=None)
     counted = decoder.linear_per_token + decoder.linear.mixing
     # torch counts the convolution of the padding in front, too.
     extra = 2 * decoder.linear.kernel * decoder.linear.channels * (decoder.linear.kernel - 1)
-    assert counter.get_total_flops() == 2 * CHUNK * counted + extra
+    assert counter.get_total_flops() == 2 * DELTA_CHUNK * counted + extra
 
 
 def test_kernels_get_rows_without_bounds(packed, monkeypatch):
@@ -359,7 +486,7 @@ def test_kernels_get_rows_without_bounds(packed, monkeypatch):
     monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", kernel)
     with torch.no_grad():
         run_layers(packed.model.language_model, stream(0, (5, 70)), DROP.plan(text_segments(5, 70), 8), DROP)
-    assert seen == [((2, 2 * CHUNK), None)] * 6
+    assert seen == [((2, 2 * DELTA_CHUNK), None)] * 6
 
 
 def test_two_turns_like_one_prompt_without_dropping():

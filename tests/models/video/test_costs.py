@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.support.slow_video import Clip, layouts
 from tests.support.video_runs import RECORDS, VIDEO_FAMILIES, VideoSetup
-from vtprune_train import PyramidDrop
+from vtprune_train import DyCoke, PyramidDrop, VidCom2
 from vtprune_train.config.errors import ConfigError
+from vtprune_train.core.flops import stage_lengths
 from vtprune_train.data.plan.planner import StepCosts
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training.dry_run import describe
@@ -20,7 +22,7 @@ TWO_VIDEOS = 1  # a record
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_the_planner_counts_what_the_collator_counts(name, tmp_path):
-    """Only where each frame keeps its share is the plan approximate: it rounds once for the video."""
+    """Approximate only for InternVL, whose frames are images: the plan rounds once for the video."""
     setup = VideoSetup(name, tmp_path)
     parts = setup.parts()
     for per in ("video", "frame"):
@@ -30,8 +32,24 @@ def test_the_planner_counts_what_the_collator_counts(name, tmp_path):
         batches = [collate([sample]) for sample in range(len(RECORDS))]
         counted = [batch.costs["flops"] - batch.costs["flops_selector"] for batch in batches]
         assert planned_tokens.tolist() == [len(batch.input_ids) for batch in batches]
-        exact = per == "video" and name != "internvl"
-        assert planned == pytest.approx(counted, rel=1e-9 if exact else 0.05)
+        assert planned == pytest.approx(counted, rel=1e-9 if name != "internvl" else 0.05)
+
+
+@pytest.mark.parametrize(
+    "method", [VidCom2(keep=0.3, per="frame"), DyCoke(keep=0.3), PyramidDrop(per="frame")], ids=repr
+)
+def test_stage_lengths_of_videos(method):
+    """As in the plan of the batch, also for newlines and images."""
+    clips = [[Clip(5, 3, 3, newline=True)], [Clip(0, 3, 4), Clip(2, 2, 5)], []]
+    segments = layouts(clips)
+    spans = [(span.length, span.frames, index) for index, s in enumerate(segments) for span in s.spans]
+    lengths, frames, owner = map(np.array, zip(*spans, strict=True))
+    text = np.array([segment.num_text for segment in segments])
+    plan = method.plan(segments, 16)
+    expected = [stage.segment_lengths for stage in plan.stages]
+    assert stage_lengths(text, lengths, owner, method.drops(16), frames, method.per).T.tolist() == list(
+        map(list, expected)
+    )
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])

@@ -48,6 +48,24 @@ def test_inputs_equal_those_of_training(setup, parts, record):
         torch.testing.assert_close(torch.as_tensor(inputs[name]), expected[name], rtol=0, atol=0, msg=name)
 
 
+def test_metadata_of_videos(setup, parts):
+    """Nested like the videos, and complete."""
+    processor = parts.processor.video_processor
+    video = open_video(setup.folder / "clips" / "videos" / "0.mp4", parts.processor)
+    plain = dict(video.metadata)
+    made = [processor([video.frames], video_metadata=metadata) for metadata in (plain, [plain], [[video.metadata]])]
+    for other in made[1:]:
+        assert torch.equal(
+            torch.as_tensor(other["pixel_values_videos"]), torch.as_tensor(made[0]["pixel_values_videos"])
+        )
+    for key in ("total_num_frames", "fps", "frames_indices"):
+        for metadata in ({k: v for k, v in plain.items() if k != key}, {**plain, key: None}):
+            with pytest.raises(ValueError, match=r"1 video\(s\) need as many video_metadata"):
+                processor([video.frames], video_metadata=[metadata])
+    with pytest.raises(ValueError, match=r"1 video\(s\) need as many video_metadata"):
+        processor([video.frames], video_metadata=["0.mp4"])
+
+
 def test_a_saved_processor_prepares_videos_as_the_run(setup, parts, tmp_path):
     """With the run's sampling, and with another one that is asked for."""
     setup.config.data.video.num_frames = 3

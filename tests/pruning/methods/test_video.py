@@ -31,7 +31,8 @@ from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.evs import EVS, changes
-from vtprune_train.pruning.methods.prunevid import merged_places
+from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.methods.prunevid import frame_clusters, merged_places, merged_sets
 from vtprune_train.pruning.ops.scenes import scenes_of
 from vtprune_train.pruning.ops.videos import steps_of
 
@@ -98,6 +99,17 @@ def test_prunevid_with_a_fixed_share_keeps_exactly_that(seed, clip, keep, tau):
     if keep == 1.0:
         assert selection.chosen.tolist() == list(range(clip.tokens))
         assert torch.equal(selection.values, scene.hidden[:of_frames]), "nothing merged, nothing changed"
+
+
+def test_scenes_and_clusters_do_not_depend_on_rounded_means():
+    """In bfloat16, means of frames and of places that change little would round to the same values."""
+    generator = torch.Generator().manual_seed(2)
+    frames = (8 + 0.05 * torch.randn(12, 40, 16, generator=generator)).to(torch.bfloat16)
+    exact = frames.float()
+    assert torch.equal(frame_clusters(frames, 0.5), frame_clusters(exact, 0.5))
+    sets = [((0, 12), np.arange(40))]
+    found, expected = merged_sets(frames, sets, [10]), merged_sets(exact, sets, [10])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1].to(torch.bfloat16))
 
 
 def test_the_most_similar_places_merge_first():
@@ -170,9 +182,30 @@ def test_what_has_no_known_steps_stays_whole(method, span):
 
 
 @EACH
-def test_after_an_earlier_drop_a_video_stays_as_it_is(method):
-    plan = Combined((DivPrune(keep=0.5), method)).plan(layouts([[Clip(8, 4, 5)]]), 4)
-    assert [span.after for span in plan.boundaries[1].spans] == [80]
+def test_after_an_earlier_drop_a_method_for_videos_is_refused(method):
+    with pytest.raises(ValueError, match=f"{method.name} compares .* divprune drops .* list {method.name}"):
+        Combined((DivPrune(keep=0.5), method)).drops(4)
+    with pytest.raises(ValueError, match=f"{method.name} compares whole frames .* remove one of them"):
+        Combined((EVS(keep=0.5), method)).drops(4)
+    assert len(Combined((method, DivPrune(keep=0.5))).drops(4)) == 2
+
+
+@EACH
+def test_removing_keys_is_refused_if_it_divides_the_video(method):
+    """Text between the frames divides a video into spans of one frame, of which nothing would be dropped."""
+    grids, runs = ((2, 5),) * 3, tuple((2 + 12 * step, 10) for step in range(3))
+    with_text = SegmentLayout(40, (ImageSpan(2, 30, grids, 3, runs),), (37,), (38,))
+    adjacent = SegmentLayout(40, (ImageSpan(2, 30, grids, 3),), (37,), (38,))
+    combined = Combined((method, PLPHP()))
+    with pytest.raises(ValueError, match=f"{method.name} compares the frames of a video, but .* removes keys"):
+        combined.plan([with_text], 8)
+    assert combined.plan([adjacent], 8).boundaries[0].spans == method.plan([adjacent], 8).boundaries[0].spans
+    assert len(method.plan([with_text], 8).boundaries[0].spans) == 1
+    one_frame = SegmentLayout(40, (ImageSpan(2, 10, grids[:1], 1, runs[:1]),), (37,), (38,))
+    combined.plan([one_frame], 8)
+    if method.name in ("vidcom2", "prunevid"):
+        per_frame = Combined((replace(method, per="frame"), PLPHP(per="frame")))
+        assert len(per_frame.plan([with_text], 8).boundaries[0].spans) == 3
 
 
 @EACH
@@ -270,6 +303,14 @@ def test_budgets_and_settings(cls):
         cls(keep=1.5)
     with pytest.raises(ValueError, match="positions='later' is not one of renumber, keep"):
         cls(positions="later")
+
+
+def test_vidcom2_keeps_a_token_of_every_frame():
+    """Budgets are rounded for each frame: 64 times 2 of 12 tokens are more than the share of 0.15, 115 tokens."""
+    scene = Scene(VidCom2(keep=0.15), [[Clip(64, 3, 4)]])
+    kept = VidCom2(keep=0.15).choose(scene.candidates()).chosen
+    assert len(kept) == 115 < 64 * 2
+    assert len((kept // 12).unique()) == 64
 
 
 def test_more_settings():

@@ -93,8 +93,8 @@ class Planner:
 class StepCosts:
     """Computes tokens and costs of a step's samples for the planner, as ``costs(step, samples)``.
 
-    A video counts as one span. With ``per: frame``, and for InternVL, whose frames are images, this is approximate,
-    because the forward pass rounds the number of kept tokens of each frame."""
+    All steps in time of a video count as equally large. For InternVL, whose frames are images, this is approximate: the
+    video counts as one image, but the forward pass rounds the number of kept tokens of each frame."""
 
     index: SampleIndex
     cost: TrainingCost
@@ -105,16 +105,15 @@ class StepCosts:
         measured, num_layers = self.index.lengths(samples), self.cost.decoder.num_layers
         phase = self.phases.of(step)
         drops = phase.drops(num_layers)
-        lengths = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops, measured.span_frames)
+        spans = measured.span_tokens, measured.span_sample
+        lengths = stage_lengths(measured.text, *spans, drops, measured.span_frames, phase.per)
         layers = layers_per_stage(drops, num_layers)
         costs = self.cost.sample(
             lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
         )
         if phase.teacher is not None:
-            drops = phase.teacher.method.drops(num_layers)
-            taught = stage_lengths(
-                measured.text, measured.span_tokens, measured.span_sample, drops, measured.span_frames
-            )
+            drops, per = phase.teacher.method.drops(num_layers), phase.teacher.method.per
+            taught = stage_lengths(measured.text, *spans, drops, measured.span_frames, per)
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
         return lengths[:, 0], costs
 

@@ -15,7 +15,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,13 @@ class Packing:
         probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
         key_choice: called with queries, keys, values and output; returns the output after recomputing the rows that
             must not see all keys.
+        of_stage: values that layers compute from the lengths, once for all layers of a stage.
     """
 
     lengths: dict[str, Any]
     probe: Callable[[Tensor, Tensor], None] | None = None
     key_choice: Callable[..., Tensor] | None = None
+    of_stage: dict[Any, Any] = field(default_factory=dict)
 
 
 def unavailable_because(

@@ -166,10 +166,12 @@ class _Walk:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         has_images = None if before is None else before.has_images
         keys = StageKeys(self.plan, index, self.method, self.staging.cached_layouts, self.text_model.config, has_images)
+        of_stage: dict[Any, Any] = {}
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
             choice = keys.layer(layer_index, self.staging.cache)
-            packing = Packing(_lengths(stage, self.staging, layer_index), probe if is_last else None, choice)
+            lengths = _lengths(stage, self.staging, layer_index)
+            packing = Packing(lengths, probe if is_last else None, choice, of_stage)
             self.hidden = self.text_model.layers[layer_index](
                 self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,
                 packing=packing, **self.staging.cache_keywords(layer_index),

@@ -25,10 +25,10 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
         inputs["use_cache"] = _without_cache(state, config, inputs)
     prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
-        _check_repeated_images(self, prompt, inputs.get("pixel_values"))
-    given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
+        _check_repeated_images(self, state, prompt, inputs)
+    widths = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
     previous = state.running.prompt_width, state.running.is_step
-    state.running.prompt_width, state.running.is_step = max(given, default=None), None
+    state.running.prompt_width, state.running.is_step = max(widths, default=None), None
     try:
         return original(**inputs)
     finally:
@@ -99,20 +99,28 @@ def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any
     return False
 
 
-def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:
-    """Reject multi-image (or multi-tile) rows with beams on transformers < 5.18, which repeats images individually
-    instead of per row and so assigns them to the wrong beams."""
-    if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None or pixel_values is None:
+def _check_repeated_images(model: HFModule, state: State, prompt: Tensor | None, inputs: dict[str, Any]) -> None:
+    """Reject rows with several images (or tiles) or several videos if generate returns several sequences per row on
+    transformers < 5.18, which repeats each image or video individually instead of those of a row together, and so
+    assigns them to the wrong rows."""
+    if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None:
         return
     if type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
         return  # Qwen2-VL and later families expand images themselves
-    rows = int((prompt == model.config.image_token_id).any(dim=1).sum())
-    if len(pixel_values) != rows:
-        raise ValueError(
-            f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
-            "transformers before 5.18 assigns images to the wrong rows; install transformers>=5.18, or use one image "
-            "for each row"
-        )
+    for pixels, token, what in (
+        ("pixel_values", state.image_token, "images or tiles"),
+        ("pixel_values_videos", state.video_token, "videos"),
+    ):
+        values = inputs.get(pixels)
+        if values is None or token is None:
+            continue
+        rows = int((prompt == token).any(dim=1).sum())
+        if len(values) != rows:
+            raise ValueError(
+                f"num_beams or num_return_sequences above 1 with {len(values)} {what} in {rows} rows: transformers "
+                f"before 5.18 assigns {what} to the wrong rows; install transformers>=5.18, or use one of them for "
+                "each row"
+            )
 
 
 def refuse_continuous_batching(

@@ -56,7 +56,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
-        _attach(images, [_Seen(*known) for known in zip(grids, encoders, strict=True)])
+        _attach(images, [_Seen(*seen) for seen in zip(grids, encoders, strict=True)])
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
@@ -118,10 +118,40 @@ def _attached(features: Sequence[Tensor] | Tensor) -> list[_Seen]:
 
 
 def note_videos(call: Call, videos: Sequence[Tensor] | Tensor) -> None:
-    """Record the token counts and grids of videos in an open call."""
-    seen = _attached(videos)
-    notes = seen if len(seen) == len(videos) else [_of_video(tokens, (), 1) for tokens in videos]
+    """Record the token counts and grids of videos in an open call.
+
+    Raises:
+        ValueError: the features have no metadata, so the frames of the videos are unknown.
+    """
+    notes = _attached(videos)
+    if len(notes) != len(videos):
+        raise ValueError(
+            f"the number of frames is known for {len(notes)} of {len(videos)} videos, because their features were not "
+            "computed by get_video_features of this pruned model; pass pixel_values_videos instead"
+        )
     call.videos = [Visual(note.length, note.grids, note.frames) for note in notes]
+
+
+def expand_outputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """Called by ``generate`` with several sequences per prompt (transformers >= 5.18): repeats the features of images
+    and videos, and their metadata in the same order.
+
+    Stacked features are passed as a list of tensors, each with its metadata, because a stacked copy would lose it.
+    """
+    inputs = by_name(original, args, kwargs)
+    stacked = []
+    for features in inputs["mm_encoder_output"].values():
+        pooled = getattr(features, "pooler_output", None)
+        if isinstance(pooled, Tensor) and (notes := _attached(pooled)):
+            features.pooler_output = list(pooled.unbind(0))
+            _attach(features.pooler_output, notes)
+            stacked.append(features)
+    outputs = original(**inputs)
+    for features in stacked:
+        notes = _attached(features.pooler_output)
+        features.pooler_output = torch.stack(features.pooler_output)
+        _attach(features.pooler_output, notes)
+    return outputs
 
 
 def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:

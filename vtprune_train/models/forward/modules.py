@@ -65,10 +65,10 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
     _check_inputs(state, inputs)
     with state.calling(inputs["input_ids"]) as call:
         assert call is not None
-        features = inputs.get("mm_encoder_outputs") or {}
-        if features.get("image") is not None:
+        features = {key: value for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
+        if "image" in features:
             note_images(call, state, features["image"].pooler_output)
-        if features.get("video") is not None:
+        if "video" in features:
             note_videos(call, features["video"].pooler_output)
         if state.family.three_part_positions is not None and inputs.get("position_ids") is None:
             cache = inputs.get("past_key_values")

@@ -106,6 +106,7 @@ def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> l
     images, *deeper = _image_tables(self, batch, dtype)
     if batch.video_pixels is None:
         return [images, *deeper]
+    assert not deeper, "families with DeepStack features compute videos like images, without video_pixels"
     videos = self.get_video_features(batch.video_pixels.to(dtype), return_dict=True).pooler_output
     rows = torch.cat([images, *(tokens.reshape(-1, tokens.shape[-1]) for tokens in videos)])
     newline = getattr(self, "image_newline", None)

@@ -27,7 +27,7 @@ from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, Visual, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
-from vtprune_train.models.forward.linear_attention import attending_layers
+from vtprune_train.models.forward.linear_attention import layers_that_attend
 from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
@@ -127,7 +127,7 @@ def forward_text(
         use_cache = False
     cache = None
     if use_cache or past_key_values is not None:
-        cache = staged(past_key_values, len(text_model.layers), state.method, attending_layers(text_model))
+        cache = staged(past_key_values, len(text_model.layers), state.method, layers_that_attend(text_model))
     # Models with experts read router_logits of the output.
     output = MoeModelOutputWithPast if getattr(text_model.config, "num_experts", None) else BaseModelOutputWithPast
     call = state.running.call or Call(None)
@@ -268,7 +268,7 @@ def prefill(
     Returns:
         [T_last, C] normalized hidden states, the output of the layers, and the cache for :func:`decode`.
     """
-    cache = staged(cache, len(text_model.layers), method, attending_layers(text_model))
+    cache = staged(cache, len(text_model.layers), method, layers_that_attend(text_model))
     planned = plan_pass(segments, len(text_model.layers), method)
     staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
     plan = to_device(planned, embeds_TC.device)

@@ -67,6 +67,15 @@ def _is_leaf(module: nn.Module) -> bool:
     return getattr(module, "_z3_leaf", False) is True
 
 
+def gathers_submodules(module: nn.Module) -> bool:
+    """Whether parameters are gathered around each call of a submodule (ZeRO-3, or FSDP units in the module), so that
+    every rank must call the submodules equally often."""
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return True
+    units = FSDPModule | FullyShardedDataParallel
+    return any(isinstance(part, units) for part in module.modules() if part is not module)
+
+
 def restore_forward(module: nn.Module) -> None:
     """Undo what :func:`call_inside` did to a module."""
     if _FORWARD in module.__dict__:

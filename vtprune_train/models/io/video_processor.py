@@ -142,8 +142,8 @@ class VideoProcessor:
 
 
 def _clips(frames: Sequence[np.ndarray], metadata: Any) -> list[Clip]:
-    described = [metadata] if isinstance(metadata, Mapping) else list(metadata or ())
-    if len(described) != len(frames) or any(of.get("frames_indices") is None or not of.get("fps") for of in described):
+    described = _flat(metadata)
+    if len(described) != len(frames) or not all(map(_is_complete, described)):
         raise ValueError(
             f"{len(frames)} video(s) need as many video_metadata, each with fps, total_num_frames and frames_indices; "
             "vtprune_train.evaluation.videos.open_video reads a file with them"
@@ -155,6 +155,19 @@ def _clips(frames: Sequence[np.ndarray], metadata: Any) -> list[Clip]:
         Clip(video.shape[1], video.shape[2], tuple(of["frames_indices"]), of["total_num_frames"], of["fps"])
         for of, video in zip(described, frames, strict=True)
     ]
+
+
+def _flat(metadata: Any) -> list[Any]:
+    """The metadata of each video, which processors nest like the videos."""
+    if isinstance(metadata, list | tuple):
+        return [of for part in metadata for of in _flat(part)]
+    return [] if metadata is None else [metadata]
+
+
+def _is_complete(metadata: Any) -> bool:
+    if not isinstance(metadata, Mapping):
+        return False
+    return metadata.get("frames_indices") is not None and all(metadata.get(key) for key in ("fps", "total_num_frames"))
 
 
 def video_keywords(videos: Sequence[DecodedVideo]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """DyCoke (arXiv 2411.15024), temporal token merging: the first of every four frames is kept whole, and the other three
 keep the visual tokens that differ most from an earlier frame.
 
+Source: ``dycole_ttm`` in ``llava/model/llava_arch.py`` of KD-TAO/DyCoke at dd74634.
+
 Shape suffixes: F steps in time, N tokens of a step, C hidden size.
 """
 

@@ -1,6 +1,8 @@
 """Efficient Video Sampling (EVS, arXiv 2510.14624): keeps the visual tokens of a video that change most from frame to
 frame.
 
+Source: ``compute_retention_mask`` in ``vllm/multimodal/video_prune/evs.py`` of vllm-project/vllm at d750efb.
+
 Shape suffixes: V candidates, F steps in time, N tokens of a step, C hidden size.
 """
 
@@ -15,7 +17,7 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.needs import Positions
-from vtprune_train.pruning.ops.videos import Steps, VideoDrop, check_per_video, steps_of, video_tokens
+from vtprune_train.pruning.ops.videos import Steps, VideoDrop, check_per_video, video_tokens, with_steps
 from vtprune_train.pruning.setting_types import Share
 
 ALWAYS = 255.0  # above every dissimilarity, which is at most 2
@@ -44,15 +46,13 @@ class EVS(OneShare):
         return (_EVSDrop(0, self.keep),)
 
     def score(self, candidates: Candidates) -> Tensor:
-        spans = candidates.boundary.spans
-        hidden = candidates.hidden.detach().split([span.before for span in spans])
-        scores = [candidates.hidden.new_zeros(0, dtype=torch.float32)]
-        for tokens, span in zip(hidden, spans, strict=True):
-            always = tokens.new_full((span.before,), ALWAYS, dtype=torch.float32)
-            if (steps := steps_of(span, span.before)) is not None:
-                always[steps.size : steps.tokens] = changes(steps.of(tokens)).flatten()
-            scores.append(always)
-        return torch.cat(scores)
+        hidden = candidates.hidden.detach()
+        scores = hidden.new_full((len(hidden),), ALWAYS, dtype=torch.float32)
+        for _, first, steps in with_steps(candidates.boundary.spans):
+            if steps is not None:
+                after_first_frame = slice(first + steps.size, first + steps.tokens)
+                scores[after_first_frame] = changes(steps.of(hidden[first:])).flatten()
+        return scores
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
         return 6.0 * hidden * video_tokens(boundary.spans)

@@ -51,6 +51,7 @@ class LVLMCSP(PruningMethod):
     scatter: Literal["own", "cluster"] = "own"
 
     name = "lvlm_csp"
+    drops_after = None  # one of the two layers restores tokens
     paper = (
         "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for "
         "Reasoning Segmentation (arXiv 2504.10854)"

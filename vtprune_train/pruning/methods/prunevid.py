@@ -1,6 +1,9 @@
 """PruneVid (arXiv 2412.16117), spatial-temporal merging: a video is split into scenes; static locations are merged over
 the frames of a scene, and then similar tokens are merged within each frame.
 
+Source: ``PllavaForConditionalGeneration.merge_frames_dynamic`` in ``models/pllava/modeling_pllava.py`` of
+Visual-AI/PruneVid at b12600c.
+
 Shape suffixes: F steps in time, N tokens of a step, M tokens of a set, C hidden size.
 """
 
@@ -8,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -25,7 +27,7 @@ from vtprune_train.pruning.needs import Needs, Positions
 from vtprune_train.pruning.ops.grids import shared
 from vtprune_train.pruning.ops.recycling import density_peaks, merge_clusters
 from vtprune_train.pruning.ops.scenes import scenes_of
-from vtprune_train.pruning.ops.videos import VideoDrop, steps_of, video_tokens
+from vtprune_train.pruning.ops.videos import VideoDrop, steps_of, video_tokens, with_steps
 from vtprune_train.pruning.schedules.budget import scaled_to_budget
 from vtprune_train.pruning.setting_types import Share
 
@@ -73,26 +75,26 @@ class PruneVid(PruningMethod):
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary, hidden, device = candidates.boundary, candidates.hidden, candidates.hidden.device
-        starts = np.cumsum([0, *(span.before for span in boundary.spans)]).tolist()
+        spans = list(with_steps(boundary.spans))
         videos = {
-            number: (steps.of(hidden[start : start + span.before]), span.after - steps.rest)
-            for number, (span, start) in enumerate(zip(boundary.spans, starts, strict=False))
-            if (steps := steps_of(span, span.before)) is not None
+            number: (steps.of(hidden[first:]), span.after - steps.rest)
+            for number, (span, first, steps) in enumerate(spans)
+            if steps is not None
         }
         sets = dict(zip(videos, self._sets(list(videos.values())), strict=True))
         chosen, at, values = [boundary.span_of_visual[:0]], [boundary.span_of_visual[:0]], [hidden[:0]]
         counts: list[int] = []
-        for number, (first, end) in enumerate(pairwise(starts)):
-            merged = 0
-            if number in videos:
+        for number, (span, first, steps) in enumerate(spans):
+            merged, of_steps = 0, 0
+            if steps is not None:
                 centres, means = merged_sets(videos[number][0], *sets[number])
-                merged, place = len(centres), sum(counts)
+                merged, place, of_steps = len(centres), sum(counts), steps.tokens
                 chosen.append(first + centres)
                 at.append(torch.arange(place, place + merged, device=device))
                 values.append(means)
-                first += videos[number][0].shape[:2].numel()
-            chosen.append(torch.arange(first, end, device=device))  # an image, or the tokens of no step
-            counts.append(merged + end - first)
+            # An image, or the tokens of no step.
+            chosen.append(torch.arange(first + of_steps, first + span.before, device=device))
+            counts.append(merged + span.before - of_steps)
         measured = torch.tensor(counts, dtype=torch.int64) if boundary.drop.adaptive and videos else None
         return Selection(torch.cat(chosen), torch.cat(at), torch.cat(values), measured)
 
@@ -106,16 +108,20 @@ class PruneVid(PruningMethod):
         if not videos:
             return []
         frames = [frames_FNC.detach() for frames_FNC, _ in videos]
-        scenes = [scenes_of(labels) for labels in on_host([frame_clusters(own, self.segments) for own in frames])]
+        labels = on_host([frame_clusters(frames_FNC, self.segments) for frames_FNC in frames])
+        scenes = [scenes_of(labels_F) for labels_F in labels]
         still = on_host(
-            [torch.stack([stillness(own[a:b]) for a, b in cuts]) for own, cuts in zip(frames, scenes, strict=True)]
+            [
+                torch.stack([stillness(frames_FNC[start:end]) for start, end in of_video])
+                for frames_FNC, of_video in zip(frames, scenes, strict=True)
+            ]
         )
-        made = []
-        for own, (_, planned), cuts, similarity in zip(frames, videos, scenes, still, strict=True):
-            spare = None if self.keep is None else own.shape[:2].numel() - planned
-            sets = token_sets(cuts, merged_places(cuts, similarity, self.tau, spare))
-            made.append((sets, self._targets([len(places) for _, places in sets], planned)))
-        return made
+        sets_of_videos = []
+        for frames_FNC, (_, planned), of_video, similarity in zip(frames, videos, scenes, still, strict=True):
+            spare = None if self.keep is None else frames_FNC.shape[:2].numel() - planned
+            sets = token_sets(of_video, merged_places(of_video, similarity, self.tau, spare))
+            sets_of_videos.append((sets, self._targets([len(places) for _, places in sets], planned)))
+        return sets_of_videos
 
     def _targets(self, sizes: Sequence[int], planned: int) -> list[int]:
         if self.keep is not None:
@@ -141,10 +147,11 @@ def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def frame_clusters(frames_FNC: Tensor, share: float) -> Tensor:
-    """[F] int64, the cluster of each frame's mean token."""
+    """[F] int64, the cluster of each frame's mean token; means and distances in float32 at least."""
     num_frames = len(frames_FNC)
     clusters = max(1, floor_of(share, num_frames))
-    return density_peaks(frames_FNC.mean(dim=1), clusters, min(NEIGHBOURS, num_frames))[1]
+    means_FC = frames_FNC.mean(dim=1, dtype=torch.promote_types(frames_FNC.dtype, torch.float32))
+    return density_peaks(means_FC, clusters, min(NEIGHBOURS, num_frames))[1]
 
 
 def stillness(frames_FNC: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ def token_sets(scenes: Sequence[tuple[int, int]], merged: np.ndarray) -> list[To
 
 
 def merged_sets(frames_FNC: Tensor, sets: Sequence[TokenSet], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Average each set over its frames and merge it into clusters.
+    """Average each set over its frames and merge it into clusters, in float32 at least.
 
     Args:
         frames_FNC: a video's tokens; gradients flow to all of them that are merged.
@@ -197,18 +204,18 @@ def merged_sets(frames_FNC: Tensor, sets: Sequence[TokenSet], targets: Sequence[
 
     Returns:
         [K] int64 indices into F * N, the centre of each cluster (in the first of its frames), set by set, best first;
-        [K, C] the clusters' means.
+        [K, C] the clusters' means, in the precision of ``frames_FNC``.
     """
-    size = frames_FNC.shape[1]
+    size, dtype = frames_FNC.shape[1], torch.promote_types(frames_FNC.dtype, torch.float32)
     indices = to_device(tuple(places for _, places in sets), frames_FNC.device)
     centres, means = [torch.zeros(0, dtype=torch.int64, device=frames_FNC.device)], [frames_FNC[0, :0]]
     for ((start, end), _), places, count in zip(sets, indices, targets, strict=True):
         if not count:
             continue
-        tokens_MC = frames_FNC[start:end].index_select(1, places).mean(dim=0)
+        tokens_MC = frames_FNC[start:end].index_select(1, places).mean(dim=0, dtype=dtype)
         if count < len(tokens_MC):
             best, cluster = density_peaks(tokens_MC.detach(), count, min(NEIGHBOURS, len(tokens_MC)))
             tokens_MC, places = merge_clusters(tokens_MC, cluster, count, True), places.index_select(0, best)
         centres.append(start * size + places)
-        means.append(tokens_MC)
+        means.append(tokens_MC.to(frames_FNC.dtype))
     return torch.cat(centres), torch.cat(means)

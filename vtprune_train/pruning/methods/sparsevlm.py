@@ -73,6 +73,7 @@ class SparseVLM(PruningMethod):
     multi_turn: MultiTurn = "drop"
 
     name = "sparsevlm"
+    drops_after = 1
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
     trains = "yes; gradients reach recycled tokens too"
 

@@ -1,6 +1,9 @@
 """VidCom2 (arXiv 2505.14454): frames that differ more from the rest of the video keep more visual tokens, and each
 frame keeps the tokens that differ most from the video and from the frame.
 
+Sources: ``vidcom2_compression`` in ``token_compressor/vidcom2/vidcom2.py`` of xuyang-liu16/VidCom2 at 944a17d; for the
+exact total, ``compute_retention_mask`` in ``vllm/multimodal/video_prune/vidcom2.py`` of vllm-project/vllm at 0f17ee0.
+
 Shape suffixes: F steps in time, N tokens of a step, C hidden size, D channels compared.
 """
 
@@ -59,22 +62,22 @@ class _OnePerFrame(VideoDrop):
 
 
 def most_distinct(frames_FNC: Tensor, share: float, count: int) -> Tensor:
-    """[count] int64 indices into F * N: first the tokens that their frames' budgets keep, most distinct first, then the
-    others. Ties go to the earlier token.
+    """[count] int64 indices into F * N: first the most distinct token of each frame, then the other tokens that their
+    frames' budgets keep, then the rest; each most distinct first. Ties go to the earlier token.
 
     Args:
         frames_FNC: a video's tokens, any float dtype; computed in float32 at least.
         share: mean of the frames' budgets, as a share of their tokens.
-        count: number of tokens to keep, close to the sum of the budgets.
+        count: number of tokens to keep, at least F and close to the sum of the budgets.
     """
     of_video_FN, of_frame_FN = similarities(frames_FNC)
     similarity_FN = of_video_FN + of_frame_FN
     budget_F = budgets(of_video_FN, share)
     place_FN = similarity_FN.sort(dim=1, stable=True).indices.argsort(dim=1)  # 0 for a frame's most distinct token
-    beyond_n = (place_FN >= budget_F[:, None]).flatten()
+    group_n = ((place_FN > 0).to(torch.uint8) + (place_FN >= budget_F[:, None])).flatten()
     order_n = similarity_FN.flatten().sort(stable=True).indices
-    by_budget_n = beyond_n.index_select(0, order_n).to(torch.uint8).sort(stable=True).indices
-    return order_n.index_select(0, by_budget_n[:count])
+    by_group_n = group_n.index_select(0, order_n).sort(stable=True).indices
+    return order_n.index_select(0, by_group_n[:count])
 
 
 def similarities(frames_FNC: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Splits the frames of a video into scenes, runs of adjacent frames, from a clustering of them. Host only, numpy.
 
-Source: PruneVid (arXiv 2412.16117), its published code.
+Source: PruneVid (arXiv 2412.16117), ``refine_clusters`` in ``models/pllava/modeling_pllava.py`` of Visual-AI/PruneVid
+at b12600c.
 """
 
 from __future__ import annotations

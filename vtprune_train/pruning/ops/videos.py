@@ -8,7 +8,7 @@ Shape suffixes: V candidates, F steps in time, N tokens of a step, C hidden size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class Steps:
         return self.count * self.size
 
     def of(self, hidden: Tensor) -> Tensor:
-        """[F, N, C] tokens of each step, of a video's [n, C] tokens."""
+        """[F, N, C] tokens of each step, of a video's tokens [n, C], possibly followed by others."""
         return hidden[: self.tokens].unflatten(0, (self.count, self.size))
 
 
@@ -43,6 +43,14 @@ def steps_of(span: ImageSpan | SpanLayout, tokens: int) -> Steps | None:
     if len(sizes) < span.frames or len(of_steps) != 1 or sum(sizes) != tokens or 0 in of_steps:
         return None
     return Steps(span.frames, sizes[0], sum(sizes[span.frames :]))
+
+
+def with_steps(spans: Sequence[SpanLayout]) -> Iterator[tuple[SpanLayout, int, Steps | None]]:
+    """Each image and video of a drop point, the index of its first candidate, and its steps (see :func:`steps_of`)."""
+    first = 0
+    for span in spans:
+        yield span, first, steps_of(span, span.before)
+        first += span.before
 
 
 def check_per_video(name: str, per: str) -> None:
@@ -58,8 +66,14 @@ def check_per_video(name: str, per: str) -> None:
 
 
 class VideoDrop(Drop):
-    """A drop for videos only: images, videos whose steps are unknown, and tokens of no step are kept. If only lengths
-    are known (budgets), every span counts as a long video."""
+    """A drop that reduces videos only: images and videos whose steps are unknown are kept whole, and so are tokens of
+    no step. Subclasses override :meth:`of_steps` to count differently.
+
+    :meth:`kept` is only called where lengths alone are known (budgets): every span then counts as a long video, of
+    which the share ``keep`` is kept.
+    """
+
+    compares_frames = True
 
     def of_steps(self, steps: Steps) -> int:
         """Number of tokens kept from the steps of a video, at least one."""
@@ -82,20 +96,16 @@ def picked_per_video(hidden_VC: Tensor, boundary: Boundary, pick: Callable[[Tens
     Returns:
         [K] int64, ascending.
     """
-    chosen, first = [boundary.span_of_visual[:0]], 0
-    for span in boundary.spans:
-        steps = steps_of(span, span.before)
-        start = first
+    chosen = [boundary.span_of_visual[:0]]
+    for span, first, steps in with_steps(boundary.spans):
+        of_steps = 0
         if steps is not None:
-            tokens = steps.of(hidden_VC[first : first + span.before])
-            chosen.append(first + torch.sort(pick(tokens, span.after - steps.rest)).values)
-            start += steps.tokens
-        first += span.before
-        chosen.append(torch.arange(start, first, device=hidden_VC.device))
+            of_steps = steps.tokens
+            chosen.append(first + torch.sort(pick(steps.of(hidden_VC[first:]), span.after - steps.rest)).values)
+        chosen.append(torch.arange(first + of_steps, first + span.before, device=hidden_VC.device))
     return torch.cat(chosen)
 
 
 def video_tokens(spans: Sequence[SpanLayout]) -> int:
     """Number of candidates that belong to a step of a video."""
-    steps = (steps_of(span, span.before) for span in spans)
-    return sum(known.tokens for known in steps if known is not None)
+    return sum(steps.tokens for _, _, steps in with_steps(spans) if steps is not None)
