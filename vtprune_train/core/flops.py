@@ -497,7 +497,7 @@ class VisualTokens:
         entering: mean over layers of tokens entering a layer (determines compute).
         leaving: mean over layers of tokens leaving a layer, as papers count: a drop on a layer's output is attributed
             to that layer.
-        cached: mean over layers of tokens whose keys stay in the KV cache.
+        cached: mean over the layers with attention of tokens whose keys stay in the KV cache.
     """
 
     entering: float
@@ -505,11 +505,19 @@ class VisualTokens:
     cached: float
 
     @classmethod
-    def of(cls, per_stage: Sequence[float], layers: Sequence[int], kept_keys: Sequence[float]) -> VisualTokens:
-        """Compute from token counts [stages], layers per stage [stages] and kept-key shares [layers]."""
+    def of(
+        cls,
+        per_stage: Sequence[float],
+        layers: Sequence[int],
+        kept_keys: Sequence[float],
+        attending: Sequence[int] | None = None,
+    ) -> VisualTokens:
+        """Compute from token counts [stages], layers per stage [stages] and kept-key shares [layers]; ``attending`` are
+        the layers with attention, ``None`` for all."""
         entering = np.repeat(np.asarray(per_stage, dtype=np.float64), layers)
         leaving = np.append(entering[1:], entering[-1:])
-        return cls(float(entering.mean()), float(leaving.mean()), float((entering * kept_keys).mean()))
+        cached = (entering * kept_keys)[slice(None) if attending is None else list(attending)]
+        return cls(float(entering.mean()), float(leaving.mean()), float(cached.mean()))
 
 
 def kept_keys(
@@ -572,10 +580,12 @@ class PassCost:
         lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
         per_stage, layers = visual_per_stage(plan), stage_layers(plan)
         images = sum(len(segment.spans) for segment in plan.outline.segments)
-        visual = VisualTokens.of(per_stage, layers, kept_keys(method, per_stage, layers, images))
+        kept = np.array(kept_keys(method, per_stage, layers, images))
+        visual = VisualTokens.of(per_stage, layers, kept.tolist(), cost.decoder.attending or None)
         tokens = float(np.dot(lengths.sum(axis=0), cost.decoder.split(layers)[0]))
         states = len(lengths) * cost.decoder.state_values
-        hidden = cost.decoder.num_layers * (visual.entering - visual.cached + sum(hidden_text(plan, method)))
+        removed = float(np.dot(np.repeat(per_stage, layers), 1 - kept))
+        hidden = removed + cost.decoder.num_layers * sum(hidden_text(plan, method))
         return cls(
             float(cost.text(lengths, layers, supervised).sum()),
             selector_flops(cost.decoder, plan, method),
