@@ -17,7 +17,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 from tests.support.families import BATCH, family_inputs, family_model, qwen3_5
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.pruning import PruningConfig
-from vtprune_train.core.flops import DELTA_CHUNK, DecoderGeometry
+from vtprune_train.core.flops import DELTA_CHUNK, DecoderGeometry, VisualTokens
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models.cache import StagedLayer, StateLayer, cache_bytes, staged
 from vtprune_train.models.forward import linear_attention
@@ -443,6 +443,13 @@ def test_the_loss_of_the_router_is_not_computed():
     model = prune(family_model("qwen3_5_moe"), None)
     with pytest.raises(ValueError, match="does not take output_router_logits"):
         model(**family_inputs("qwen3_5_moe", BATCH), output_router_logits=True)
+
+
+def test_only_layers_with_attention_keep_keys():
+    visual = VisualTokens.of([80, 40, 20], [3, 4, 1], [1.0] * 8, attending=(3, 7))
+    assert visual == VisualTokens(
+        entering=(3 * 80 + 4 * 40 + 20) / 8, leaving=(2 * 80 + 4 * 40 + 2 * 20) / 8, cached=30
+    )
 
 
 def test_flops_of_linear_layers():
