@@ -196,7 +196,7 @@ def test_lmms_eval_takes_images_and_videos_by_name_and_nothing_else(tmp_path):
     for wrong, processor, said in (
         (str(tmp_path / "b.mp4"), takes, r"b\.mp4 cannot be read"),
         (path, without, "LlavaNext models do not take videos"),
-        ([image], takes, "not a list"),
+        ([image], takes, "not list"),
     ):
         with pytest.raises(ValueError, match=rf"task t, document 3: .*{said}"):
             _open_visuals([wrong], processor, "t", 3)

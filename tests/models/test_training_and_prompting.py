@@ -116,7 +116,7 @@ def test_ids_from_the_export_are_those_of_training(trained, tmp_path):
         for sample in range(0, len(collate.index), 3):
             record = collate.index.record(sample)
             batch = collate([sample])
-            images = [Image.open(path) for path in collate.index.image_files(sample, record)]
+            images = [Image.open(file.source) for file in collate.index.files(sample, record)]
             messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
             text = plain.apply_chat_template(messages)
             ids = plain(images=images, text=text, add_special_tokens=False).input_ids[0]

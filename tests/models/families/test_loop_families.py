@@ -419,7 +419,7 @@ def test_two_ranks_train_like_one(runs, stage):
     name = f"zero{stage}"
     runs.train(name, f"deepspeed=configs/deepspeed/{name}.json", ranks=2)
     expected = [m["loss"] for m in runs.metrics("single")]
-    assert [m["loss"] for m in runs.metrics(name)] == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert [m["loss"] for m in runs.metrics(name)] == pytest.approx(expected, abs=1e-5, rel=2e-5)
 
 
 def test_a_run_stopped_and_resumed_ends_with_the_same_bits(runs):

@@ -217,14 +217,14 @@ class ImageLayout(ImageGeometry):
         """
         sizes = [visual for visual in visuals if not isinstance(visual, Clip)]
         images = iter(zip(self.tokens(sizes), self.tiles(sizes), self.grids(sizes), strict=True) if sizes else ())
-        found = []
+        tokens_of: list[VisualTokens] = []
         for visual in visuals:
             if isinstance(visual, Clip):
-                found.append(self.video_tokens(visual))
+                tokens_of.append(self.video_tokens(visual))
             else:
                 tokens, tiles, grids = next(images)
-                found.append(VisualTokens((tokens,), tiles, 0, grids))
-        return found
+                tokens_of.append(VisualTokens((tokens,), tiles, 0, grids))
+        return tokens_of
 
     def visual_pixels(
         self, image_processor: Any, visuals: Sequence[Visual], content: Sequence[Image.Image | np.ndarray]

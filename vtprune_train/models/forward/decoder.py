@@ -513,9 +513,11 @@ def _attention_heads(attention: HFModule, normed_TC: Tensor, rows: Tensor) -> tu
 def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
     """[T, heads, D]: apply one projection and, if the family has it, the per-head (QK) norm."""
     projected = getattr(attention, f"{which}_proj")(normed_TC)
-    # Qwen3.5 projects each head's query together with the gate of its output.
-    gated = which == "q" and attention.q_proj.out_features == 2 * attention.o_proj.in_features
-    projected = projected.unflatten(-1, (-1, attention.head_dim * (2 if gated else 1)))[..., : attention.head_dim]
+    if which == "q" and projected.shape[-1] == 2 * attention.config.num_attention_heads * attention.head_dim:
+        # Qwen3.5 projects each head's query together with the gate of its output.
+        projected = projected.unflatten(-1, (-1, 2 * attention.head_dim))[..., : attention.head_dim]
+    else:
+        projected = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
     return projected if norm is None else norm(projected)
 

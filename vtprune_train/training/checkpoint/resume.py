@@ -76,7 +76,7 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     identity = {key: value for key, value in identity.items() if key in saved}
     if "pruning" in known:
         known["pruning"] = _completed(known["pruning"], checkpoint)
-    if changed := differences(_with_reader_names(known), _with_reader_names(json.loads(json.dumps(identity)))):
+    if changed := differences(_comparable(known), _comparable(json.loads(json.dumps(identity)))):
         if any(key == "pruning.method" for key, _, _ in changed):  # other settings belong to their methods
             changed = [line for line in changed if line[0] == "pruning.method" or not line[0].startswith("pruning.")]
         lines = [
@@ -87,10 +87,15 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _with_reader_names(identity: dict[str, Any]) -> dict[str, Any]:
-    """``identity`` with the class of each reader instead of its path: a file may move."""
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """``identity`` with the class of each reader instead of its path, because a file may move, and without keys that
+    are not set, which older versions may not have."""
     sources = [
-        {**source, "reader": source["reader"].rpartition(":")[2]} if source.get("reader") else source
+        {
+            key: value.rpartition(":")[2] if key == "reader" else value
+            for key, value in source.items()
+            if value is not None
+        }
         for source in identity.get("data.train", [])
     ]
     return {**identity, **({"data.train": sources} if sources else {})}
