@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 from transformers.vision_utils import (
@@ -68,6 +69,11 @@ CLIPS_OF_ANY_SIZE = VideoSettings(
 )
 PatchGrids = tuple[tuple[int, int, int], ...]
 """``(frames, rows, columns)`` of each image's patches."""
+
+
+def truncates_seconds() -> bool:
+    """Whether the installed transformers truncates the seconds of a step in time of Qwen2.5-VL's videos."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,14 @@ class MergedPatches(ImageLayout):
         factor, edges = self.patch_size * self.merge_size, self.video.edges
         resize = resized_clip if self.timestamps else resized_frame
         return resize(clip, factor, self.temporal_patch_size, edges["shortest_edge"], edges["longest_edge"], self.video)
+
+    def with_videos(self, settings: VideoSettings) -> ImageLayout:
+        if self.tokens_per_second is not None and truncates_seconds():
+            raise ValueError(
+                f"videos of Qwen2.5-VL need transformers>=5.18: transformers {transformers.__version__} truncates the "
+                "seconds between their steps in time to a whole number"
+            )
+        return super().with_videos(settings)
 
     def clip(self, header: VideoHeader, start: float | None = None, end: float | None = None) -> Clip:
         check_aspect((header.height, header.width), "a video")

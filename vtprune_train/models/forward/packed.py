@@ -8,6 +8,7 @@ Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,7 +124,12 @@ def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> lis
     # Keep sizes on the host so that the family's code reads them without a sync.
     inputs = {key: torch.tensor(v) if isinstance(v, tuple) else v for key, v in batch.image_inputs.items()}
     output = self.get_image_features(pixels, **inputs, return_dict=True)
-    return [torch.cat(list(images)) for images in (output.pooler_output, *(output.get("deepstack_features") or ()))]
+    return [_rows(features) for features in (output.pooler_output, *(output.get("deepstack_features") or ()))]
+
+
+def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """[features, C] of all images, from one tensor for all of them or one for each."""
+    return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
 
 
 def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
