@@ -8,11 +8,11 @@ import yaml
 
 from tests.models.families.test_loop_families import assert_same_gradients, gradients, position_of_each_frequency
 from tests.models.test_waits import ALL_PARTS, check_training
-from tests.support.families import tokenizer
+from tests.support.families import family_model, tokenizer
 from tests.support.helpers import Reads
 from tests.support.reference import pyramiddrop
 from tests.support.video_runs import RECORDS, VIDEO_FAMILIES, VideoSetup, model_inputs
-from vtprune_train import PyramidDrop, prune
+from vtprune_train import EVS, PyramidDrop, prune
 from vtprune_train.cli.commands import main
 from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
@@ -232,3 +232,26 @@ def test_a_combination_divides_videos_as_its_methods_do():
         Combined((Random(keep=0.5), drop("frame")))
     with pytest.raises(ValueError, match="per=frame is set for a combination"):
         Combined((Random(keep=0.5), drop()), per="frame")
+
+
+# ------------------------------------------------------------------------------------------- without video tokens
+
+
+@pytest.mark.parametrize(
+    "family,method,warns",
+    [
+        ("internvl", EVS(), True),
+        ("llava_next", Combined((EVS(), drop())), True),
+        ("internvl", drop(), False),
+        ("qwen3_vl", EVS(), False),
+    ],
+)
+def test_methods_for_videos_warn_in_families_without_video_tokens(caplog, family, method, warns):
+    prune(family_model(family), method)
+    assert ("evs drops only tokens of videos" in caplog.text) == warns
+    assert "pyramiddrop drops only" not in caplog.text
+
+
+def test_estimate_warns_too(caplog):
+    assert main(["estimate", "--model", "OpenGVLab/InternVL3_5-8B-HF", "--method", "evs"]) == 0
+    assert "evs drops only tokens of videos, but InternVL has no video tokens" in caplog.text
