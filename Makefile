@@ -15,8 +15,6 @@ READY_DEV := $(VENV)/.ready-dev
 READY_ECOSYSTEM := $(VENV)/.ready-ecosystem
 FLOOR := .venv-floor
 READY_FLOOR := $(FLOOR)/.ready
-# Python compiles the modules that are imported; compiling all installed ones takes 25 seconds.
-INSTALL := pip install --quiet --no-compile
 export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
@@ -76,24 +74,24 @@ clean:
 
 $(READY): requirements.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m $(INSTALL) --requirement requirements.txt
-	$(BIN)/python -m $(INSTALL) --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 $(READY_DEV): $(READY) requirements-dev.txt
-	$(BIN)/python -m $(INSTALL) --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
 $(READY_FLOOR): requirements-floor.txt
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m $(INSTALL) --requirement requirements-floor.txt
+	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements-floor.txt
 	touch $@
 
 $(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt requirements-gpu.txt
 	$(BIN)/python -m pip freeze --exclude-editable > $(ECOSYSTEM_CONSTRAINTS)
-	$(BIN)/python -m $(INSTALL) --constraint $(ECOSYSTEM_CONSTRAINTS) --requirement requirements-ecosystem.txt
-	$(BIN)/python -m $(INSTALL) --no-deps lmms-eval==0.7.3
-	$(BIN)/python -m $(INSTALL) --no-deps --target $(VENV)/torchao --upgrade \
+	$(BIN)/python -m pip install --quiet --constraint $(ECOSYSTEM_CONSTRAINTS) --requirement requirements-ecosystem.txt
+	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchao --upgrade \
 		$$(sed -n 's/^\(torchao==[^ ]*\).*/\1/p' requirements-gpu.txt)
-	$(BIN)/python -m $(INSTALL) --no-deps --target $(VENV)/torchvision --upgrade torchvision==0.28.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision --upgrade torchvision==0.28.0
 	touch $@
