@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,9 @@ from tests.support.families import PATCH, QWEN_SIZE, TILE, family_model, family_
 from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import tiny_processor
 from vtprune_train.evaluation.answering import answers, load, load_processor
+from vtprune_train.models.families.layout import Clip
 from vtprune_train.models.io.processors import build_image_processor, build_processor, open_processor
+from vtprune_train.models.io.video_processor import DecodedVideo, video_keywords
 
 COUNTING = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 IMAGE = Image.effect_noise((90, 40), 80).convert("RGB")
@@ -167,3 +170,18 @@ def test_a_chat_template_in_the_old_file_is_kept(tmp_path):
     (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
     opened(base).save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_video_tokens_follow_the_pooling_stride(stride):
+    """transformers' LlavaNextVideoProcessor counts tokens for a stride of 2 only; the quickstart has 1."""
+    default = family_model("llava_next_video")
+    default.config.spatial_pool_stride = stride
+    model = type(default)(default.config)
+    processor = build_processor(model.config, tokenizer(), None)
+    video = DecodedVideo(Clip(TILE, TILE, (0, 2, 4), 6, 2.0), np.zeros((3, TILE, TILE, 3), dtype=np.uint8))
+    made = processor(text=[f"what {processor.video_token}"], return_tensors="pt", **video_keywords([video]))
+    tokens = int((made["input_ids"] == model.config.video_token_id).sum())
+    assert tokens == 3 * (TILE // PATCH // stride) ** 2
+    made.pop("token_type_ids", None)
+    assert torch.isfinite(model(**{k: v for k, v in made.items() if k != "video_metadata"}).logits).all()

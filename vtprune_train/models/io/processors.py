@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from vtprune_train.files.parse import read_json_object
 from vtprune_train.models.families import family_of_type
 from vtprune_train.models.families.base import Lacks
+from vtprune_train.models.families.llava_next_video import NextVideo
 from vtprune_train.models.io.build import first_line, resolve_checkpoint
 from vtprune_train.models.io.video_processor import VideoProcessor
 
@@ -275,6 +276,13 @@ def _without_torchvision(processor_class: type[ProcessorMixin]) -> type[Processo
             if videos is not None and not hasattr(self, "video_processor"):
                 raise ValueError("this model does not take videos; pass their frames as images")
             return super().__call__(images=images, text=text, videos=videos, **keywords)
+
+        def replace_video_token(self, video_inputs: Any = None, video_idx: int = 0, **keywords: Any) -> str:
+            layout = self.video_processor.layout
+            if not isinstance(layout, NextVideo):
+                return str(super().replace_video_token(video_inputs, video_idx, **keywords))
+            frames = len(video_inputs["pixel_values_videos"][video_idx])
+            return str(self.video_token) * (frames * layout.frame_side**2)  # transformers: always a stride of 2
 
         def to_dict(self) -> dict[str, Any]:
             settings = super().to_dict()
