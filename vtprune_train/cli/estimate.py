@@ -36,13 +36,12 @@ from vtprune_train.core.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.data.videos import video_header
 from vtprune_train.evaluation.answering import choose_device
 from vtprune_train.models.families import KNOWN_CONFIGS, family_of_type
-from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.families.layout import Clip, ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
 from vtprune_train.pruning.attending import check_attending, fitted
-from vtprune_train.pruning.contract import check_method, warn_without_videos
+from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words
 
 LARGEST = 10**6  # tokens of a sample; planning takes memory for each
@@ -325,8 +324,7 @@ def _method(
     family = family_of_type(config.model_type)
     if method is not None and family is not None:
         check_tower(config, family, method)
-        if isinstance(family.videos, Lacks):
-            warn_without_videos(method, num_layers, family.title)
+        family.warn_without_videos(method, num_layers)
     return method
 
 

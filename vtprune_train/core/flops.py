@@ -510,13 +510,13 @@ class VisualTokens:
         per_stage: Sequence[float],
         layers: Sequence[int],
         kept_keys: Sequence[float],
-        attending: Sequence[int] | None = None,
+        attending: Sequence[int] = (),
     ) -> VisualTokens:
         """Compute from token counts [stages], layers per stage [stages] and kept-key shares [layers]; ``attending`` are
-        the layers with attention, ``None`` for all."""
+        the layers with attention; empty for all."""
         entering = np.repeat(np.asarray(per_stage, dtype=np.float64), layers)
         leaving = np.append(entering[1:], entering[-1:])
-        cached = (entering * kept_keys)[slice(None) if attending is None else list(attending)]
+        cached = (entering * kept_keys)[list(attending or range(len(entering)))]
         return cls(float(entering.mean()), float(leaving.mean()), float(cached.mean()))
 
 
@@ -581,7 +581,7 @@ class PassCost:
         per_stage, layers = visual_per_stage(plan), stage_layers(plan)
         images = sum(len(segment.spans) for segment in plan.outline.segments)
         kept = np.array(kept_keys(method, per_stage, layers, images))
-        visual = VisualTokens.of(per_stage, layers, kept.tolist(), cost.decoder.attending or None)
+        visual = VisualTokens.of(per_stage, layers, kept.tolist(), cost.decoder.attending)
         tokens = float(np.dot(lengths.sum(axis=0), cost.decoder.split(layers)[0]))
         states = len(lengths) * cost.decoder.state_values
         removed = float(np.dot(np.repeat(per_stage, layers), 1 - kept))

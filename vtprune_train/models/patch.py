@@ -45,7 +45,7 @@ from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.contract import check_method, warn_without_videos
+from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.setting_types import setting_types
@@ -107,8 +107,7 @@ def prune(
         check_method(method, len(text_model.layers))
         check_attending(method, text_model.config)
         check_tower(inner.get_submodule(family.base).config, family, method)
-        if isinstance(family.videos, Lacks):
-            warn_without_videos(method, len(text_model.layers), family.title)
+        family.warn_without_videos(method, len(text_model.layers))
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)
         if family.three_part_positions is not None and method.needs.multi_turn == "keep_dense":

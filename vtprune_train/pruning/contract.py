@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod, method_name
 from vtprune_train.pruning.needs import Needs
-
-log = logging.getLogger(__name__)
 
 
 def check_method(method: PruningMethod, num_layers: int) -> None:
@@ -30,17 +27,6 @@ def check_method(method: PruningMethod, num_layers: int) -> None:
                 f"{place}: key_layers({num_layers}) returned layer {wrong[0]}, which does not exist; use 0 to "
                 f"{num_layers - 1}"
             )
-
-
-def warn_without_videos(method: PruningMethod, num_layers: int, title: str) -> None:
-    """Log a warning for each method that drops only tokens of videos; called for families without video tokens."""
-    for part in method.parts:
-        drops = part.drops(num_layers)
-        if drops and all(drop.compares_frames for drop in drops):
-            log.warning(
-                "%s drops only tokens of videos, but %s has no video tokens (frames are images): all tokens are kept; "
-                "use a method for images, for example pyramiddrop", part.name, title,
-            )  # fmt: skip
 
 
 def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: bool) -> None:

@@ -16,7 +16,6 @@ from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stag
 from vtprune_train.core.stream import Drop
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import class_of_config
-from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.families.layout import ImageLayout, VisualTokens
 from vtprune_train.models.families.videos import written_tokens
 from vtprune_train.models.forward.encoder import check_tower
@@ -27,7 +26,7 @@ from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning.attending import check_attending
 from vtprune_train.pruning.base import Per, PruningMethod
-from vtprune_train.pruning.contract import check_method, warn_without_videos
+from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
@@ -89,8 +88,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
             check_method(method, num_layers)
             check_attending(method, model_config.text_config)
             check_tower(model_config, family, method)
-            if isinstance(family.videos, Lacks):
-                warn_without_videos(method, num_layers, family.title)
+            family.warn_without_videos(method, num_layers)
     except ValueError as error:
         raise ConfigError(pruning_refusal(error)) from error
     if method is not None:

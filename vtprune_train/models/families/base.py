@@ -7,9 +7,10 @@ needs the part.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -21,6 +22,11 @@ from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayo
 from vtprune_train.models.families.places import Places
 from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.families.videos import VideoSettings
+
+if TYPE_CHECKING:
+    from vtprune_train.pruning.base import PruningMethod
+
+log = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -200,6 +206,18 @@ class Family:
                 f"{self.title}: rope_type {rope_type!r} depends on the longest sample of a batch and is not supported; "
                 "use default, linear, llama3, yarn or dynamic"
             )
+
+    def warn_without_videos(self, method: PruningMethod, num_layers: int) -> None:
+        """Log a warning if the family has no video tokens and a part of ``method`` drops nothing else."""
+        if not isinstance(self.videos, Lacks):
+            return
+        for part in method.parts:
+            drops = part.drops(num_layers)
+            if drops and all(drop.compares_frames for drop in drops):
+                log.warning(
+                    "%s drops only tokens of videos, but %s has no video tokens (frames are images), so it drops "
+                    "nothing; use a method for images, for example pyramiddrop", part.name, self.title,
+                )  # fmt: skip
 
 
 def sliding_window(attention: Any) -> int | None:

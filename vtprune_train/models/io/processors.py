@@ -279,10 +279,10 @@ def _without_torchvision(processor_class: type[ProcessorMixin]) -> type[Processo
 
         def replace_video_token(self, video_inputs: Any = None, video_idx: int = 0, **keywords: Any) -> str:
             layout = self.video_processor.layout
-            if not isinstance(layout, NextVideo):
+            if not isinstance(layout, NextVideo):  # its processor in transformers assumes spatial_pool_stride=2
                 return str(super().replace_video_token(video_inputs, video_idx, **keywords))
             frames = len(video_inputs["pixel_values_videos"][video_idx])
-            return str(self.video_token) * (frames * layout.frame_side**2)  # transformers: always a stride of 2
+            return str(self.video_token) * (frames * layout.frame_side**2)
 
         def to_dict(self) -> dict[str, Any]:
             settings = super().to_dict()
