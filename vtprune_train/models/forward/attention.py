@@ -72,7 +72,7 @@ SHARED_CALL_PADDING = 1.125
 FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # PyTorch 2.11 would put guards on every field of a frozen dataclass
 class Packing:
     """Per-layer attention inputs other than queries, keys and values.
 
