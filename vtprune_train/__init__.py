@@ -8,7 +8,7 @@ Prune a model, then train it or generate with it as before::
     model.generate(**inputs)
     unprune(model)
 
-Functions: :func:`prune`, :func:`unprune`, :func:`dense`, :func:`is_pruned`, :func:`kept_tokens`, :func:`show`,
+Functions: :func:`pack`, :func:`prune`, :func:`unprune`, :func:`dense`, :func:`is_pruned`, :func:`kept_tokens`, :func:`show`,
 :func:`register_family`. Methods: :class:`PyramidDrop`, :class:`SparseVLM`, ... (``vtprune methods`` lists all).
 
 Write a method: subclass :class:`PruningMethod`. See what a model keeps: :func:`kept_tokens`, :func:`show`.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vtprune_train.core.stream import Boundary, Drop
     from vtprune_train.models.families import register_family
     from vtprune_train.models.forward.padded import kept_tokens
-    from vtprune_train.models.patch import dense, is_pruned, prune, unprune
+    from vtprune_train.models.patch import dense, is_pruned, pack, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
     from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
     from vtprune_train.pruning.combined import Combined
@@ -94,6 +94,7 @@ __all__ = [
     "dense",
     "is_pruned",
     "kept_tokens",
+    "pack",
     "prune",
     "register_family",
     "show",
@@ -106,7 +107,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "core.stream": ("Boundary", "Drop"),
         "models.families": ("register_family",),
         "models.forward.padded": ("kept_tokens",),
-        "models.patch": ("dense", "is_pruned", "prune", "unprune"),
+        "models.patch": ("dense", "is_pruned", "pack", "prune", "unprune"),
         "pruning.base": ("PruningMethod",),
         "pruning.candidates": ("Candidates", "EncoderSignals", "Ranking", "Selection"),
         "pruning.combined": ("Combined",),

@@ -1,4 +1,4 @@
-"""The public functions ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
+"""The public functions ``pack(model)``, ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
 Pruning replaces methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and (for
 families with native resolution) vision tower; ``generate``, ``prepare_inputs_for_generation`` and
@@ -92,7 +92,9 @@ def prune(
     inner = unwrapped(model)
     family = family_of(inner)
     if STATE in inner.__dict__:
-        raise ValueError(f"this model is already pruned ({state_of(inner).method}); call unprune(model) first")
+        method_before = state_of(inner).method
+        done = "packed" if method_before is None else f"pruned ({method_before})"
+        raise ValueError(f"this model is already {done}; call unprune(model) first")
     if trust_remote_code and method == SAVED:
         trust_saved(inner.config)
     method = resolve_method(inner, method)
@@ -137,6 +139,28 @@ def prune(
         follow(next(cls for cls in type(inner).__mro__ if cls.__name__ == family.model_class))
     _install(inner, state)
     return model
+
+
+def pack(model: Model, *, attention: str = "auto") -> Model:
+    """Remove the padding from ``model``'s decoder: every row of a batch runs without its padding, in one packed sequence
+    with variable-length attention. No visual token is dropped.
+
+    The loss, the gradients, the logits of real tokens and ``generate`` are those of the original model, up to rounding.
+    Inputs, outputs, parameter names and checkpoints stay the same. Undo it with :func:`unprune`. To drop tokens as well,
+    call :func:`prune` instead, which also packs.
+
+    Args:
+        model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
+            place.
+        attention: see :func:`prune`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model class is unsupported, or the model is already packed or pruned.
+    """
+    return prune(model, None, attention=attention)
 
 
 def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> HFModule:
