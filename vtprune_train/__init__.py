@@ -8,8 +8,9 @@ Prune a model, then train it or generate with it as before::
     model.generate(**inputs)
     unprune(model)
 
-Functions: :func:`pack`, :func:`prune`, :func:`unprune`, :func:`dense`, :func:`is_pruned`, :func:`kept_tokens`, :func:`show`,
-:func:`register_family`. Methods: :class:`PyramidDrop`, :class:`SparseVLM`, ... (``vtprune methods`` lists all).
+Functions: :func:`pack`, :func:`prune`, :func:`unprune`, :func:`batch_by_tokens`, :func:`dense`, :func:`is_pruned`,
+:func:`kept_tokens`, :func:`show`, :func:`register_family`. Methods: :class:`PyramidDrop`, :class:`SparseVLM`, ...
+(``vtprune methods`` lists all).
 
 Write a method: subclass :class:`PruningMethod`. See what a model keeps: :func:`kept_tokens`, :func:`show`.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vtprune_train.core.stream import Boundary, Drop
+    from vtprune_train.data.trainer_batches import batch_by_tokens
     from vtprune_train.models.families import register_family
     from vtprune_train.models.forward.padded import kept_tokens
     from vtprune_train.models.patch import dense, is_pruned, pack, prune, unprune
@@ -91,6 +93,7 @@ __all__ = [
     "VisionZip",
     "VoCo",
     "ZipVL",
+    "batch_by_tokens",
     "dense",
     "is_pruned",
     "kept_tokens",
@@ -105,6 +108,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
     # Names are imported on first use: training processes must listen for signals before PyTorch is imported.
     _MODULES = {
         "core.stream": ("Boundary", "Drop"),
+        "data.trainer_batches": ("batch_by_tokens",),
         "models.families": ("register_family",),
         "models.forward.padded": ("kept_tokens",),
         "models.patch": ("dense", "is_pruned", "pack", "prune", "unprune"),

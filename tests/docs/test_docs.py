@@ -71,11 +71,12 @@ def test_ecosystem_page(folder):
     exec(local(blocks("generation.md", "python")[0]), names)
     names["inputs"] = dict(names["inputs"])
     names["processor"] = chat_processor()
-    trainer, trl, peft, accelerate, compiled = blocks("ecosystem.md", "python")
-    for code in (trainer, trl, peft, accelerate):
+    *trainers, compiled = blocks("ecosystem.md", "python")
+    for code in trainers:
         exec(code.replace("report_to=[]", "report_to=[], use_cpu=True"), names)
         assert is_pruned(names["model"])
     assert (folder / "runs" / "trainer" / "checkpoint-2").is_dir()
+    assert (folder / "runs" / "lengths.npz").is_file()
     exec(compiled.replace("dynamic=True", 'backend="eager", dynamic=True'), names)
     assert names["model"](**names["inputs"]).logits.isfinite().all()
 
@@ -87,7 +88,7 @@ def test_lmms_eval_commands(folder):
     (tasks / "local_pictures.yaml").write_text(TASK)
     (tasks / "utils.py").write_text(UTILS)
     (tasks / "test.jsonl").write_text('{"images": ["cat.jpg"], "question": "what is shown ?", "answer": "yes"}\n')
-    [lines] = blocks("ecosystem.md", "bash")
+    [lines] = [code for code in blocks("ecosystem.md", "bash") if code.startswith("lmms-eval")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     for line in lines.strip().splitlines():
         command = [str(Path(sys.executable).parent / "lmms-eval"), *shlex.split(line)[1:]]

@@ -12,7 +12,7 @@ from transformers import LlavaNextForConditionalGeneration, Trainer, TrainingArg
 
 from tests.support.helpers import tiny_model
 from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, draw_image, rows
-from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
+from vtprune_train import PyramidDrop, batch_by_tokens, dense, is_pruned, pack, prune, unprune
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 
@@ -93,7 +93,7 @@ def test_evaluation_by_the_trainer(tmp_path):
     assert made.evaluate()["eval_loss"] < before
 
 
-def sft(model, folder, columns="prompt", peft_config=None, **settings):
+def sft(model, folder, columns="prompt", peft_config=None, max_tokens=None, **settings):
     trl = pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
     examples = []
     for seed in range(8):
@@ -105,9 +105,9 @@ def sft(model, folder, columns="prompt", peft_config=None, **settings):
         else:
             examples.append({"images": [draw_image(seed)], "messages": [user, said]})
     arguments = trl.SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
-        learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
-        max_length=None, seed=0, **settings,
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False, max_length=None, seed=0,
+        **{"max_steps": 3, "learning_rate": 1e-3, **settings},
     )  # fmt: skip
     made = trl.SFTTrainer(
         model=model,
@@ -116,6 +116,8 @@ def sft(model, folder, columns="prompt", peft_config=None, **settings):
         processing_class=chat_processor(),
         peft_config=peft_config,
     )
+    if max_tokens is not None:
+        batch_by_tokens(made, max_tokens)
     made.train()
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
@@ -218,6 +220,23 @@ def spy_on_queries(monkeypatch):
 
     monkeypatch.setattr(PyramidDrop, "plan", plan)
     return seen
+
+
+@pytest.mark.parametrize("columns", ["prompt", "messages"])
+def test_trl_with_batches_by_tokens(tmp_path, columns):
+    """Over 20 steps: packed as padded, whatever shares a micro-batch."""
+    settings = {
+        "columns": columns,
+        "assistant_only_loss": columns == "messages",
+        "learning_rate": 1e-5,
+        "max_steps": 20,
+    }
+    padded = sft(fresh("plain"), tmp_path / "padded", **settings)
+    packed = sft(pack(fresh("plain")), tmp_path / "packed", **settings)
+    by_tokens = sft(pack(fresh("plain")), tmp_path / "tokens", max_tokens=220, **settings)
+    assert len(padded) == 20
+    assert np.allclose(packed, padded, rtol=1e-4)
+    assert np.allclose(by_tokens, padded, rtol=1e-4)
 
 
 def test_trl_with_peft_wrapped_before(tmp_path, monkeypatch):

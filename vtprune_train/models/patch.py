@@ -142,11 +142,11 @@ def prune(
 
 
 def pack(model: Model, *, attention: str = "auto") -> Model:
-    """Remove the padding from ``model``'s decoder: every row of a batch runs without its padding, in one packed sequence
-    with variable-length attention. No visual token is dropped.
+    """Make ``model``'s decoder compute no padding: the rows of a batch are joined into one packed sequence, with
+    variable-length attention. No visual token is dropped.
 
-    The loss, the gradients, the logits of real tokens and ``generate`` are those of the original model, up to rounding.
-    Inputs, outputs, parameter names and checkpoints stay the same. Undo it with :func:`unprune`. To drop tokens as well,
+    Loss, gradients, the logits of real tokens and ``generate`` are those of the original model, up to rounding. Inputs,
+    outputs, parameter names and checkpoints stay the same. :func:`unprune` undoes it. To drop visual tokens as well,
     call :func:`prune` instead, which also packs.
 
     Args:
