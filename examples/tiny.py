@@ -3,6 +3,11 @@ when no ``--model`` is given. Nothing is downloaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, List
+from datasets import Image as Image_
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -17,6 +22,12 @@ from transformers import (
 
 COLORS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
 QUESTION = "What color is it?"
+CHAT = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}ASSISTANT:{% generation %} "
+    "{% for part in message.content %}{{ part.text }}{% endfor %}</s>{% endgeneration %}{% else %}USER: "
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }} {% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 PINPOINTS = [[112, 56], [56, 112], [112, 112]]
 
 
@@ -55,8 +66,30 @@ def tiny_llava_next() -> tuple[LlavaNextForConditionalGeneration, LlavaNextProce
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+        chat_template=CHAT,
     )
     return LlavaNextForConditionalGeneration(config), processor
+
+
+def saved_llava_next(folder: str) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """The same model, saved and loaded again: TRL loads reference models from the policy's folder."""
+    model, processor = tiny_llava_next()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return LlavaNextForConditionalGeneration.from_pretrained(folder), processor
+
+
+def conversations(count: int, columns: Callable[[str], dict[str, Any]]) -> Dataset:
+    """A ``datasets`` dataset with the columns ``images``, ``prompt`` (a question about the image), and what ``columns``
+    returns for the right answer."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    rows = [{"images": [image], "prompt": [question], **columns(answer)} for image, answer in draw_samples(count)]
+    return Dataset.from_list(rows).cast_column("images", List(Image_()))
+
+
+def said(answer: str) -> list[dict[str, Any]]:
+    """An answer as TRL's conversational datasets hold it."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
 def draw_samples(count: int) -> list[tuple[Image.Image, str]]:

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import TrainingArguments
 
 from tests.support.checkpoints import save_folder, save_images
-from tests.support.trl_data import chat_processor
+from tests.support.trl_data import chat_processor, collate, rows
 from vtprune_train import unprune
 from vtprune_train.cli import commands as cli
 from vtprune_train.config.load import load_config
@@ -185,8 +186,11 @@ def test_the_library_pages(folder, capsys):
     assert "pruned" in {path.name for path in folder.iterdir()}
     assert capsys.readouterr().out.strip()
     inputs = {**names, "labels": names["labels"], "images": names["image"], "texts": "<image> what is shown ?"}
-    [readme] = blocks("README.md", "python")
-    exec(local(readme).replace("labels=labels", 'labels=inputs["input_ids"]'), inputs)
+    arguments = TrainingArguments("runs", max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False)
+    inputs |= {"arguments": arguments, "dataset": rows(4), "collate": collate}
+    for block in blocks("README.md", "python"):
+        exec(local(block).replace("labels=labels", 'labels=inputs["input_ids"]'), inputs)
+    assert inputs["trainer"].state.global_step == 1
     model, processor = names["again"], names["processor"]
     [shown] = blocks("docs/show.md", "python")
     unprune(model)

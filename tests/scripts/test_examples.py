@@ -41,3 +41,19 @@ def test_write_a_method(tmp_path):
     kept = [line.count(",") + 1 for line in out.splitlines() if line.startswith("image ")]
     assert len(kept) == 2 and all(count > 1 for count in kept)
     assert "the loaded model gives the same logits: True" in out
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("trainer_*.py")))
+def test_trainers(tmp_path, name):
+    if name.startswith("trainer_trl"):
+        pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
+    out = run(name, tmp_path)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?(-?[0-9.e-]+)", out)]
+    assert len(losses) >= 2
+    if name.endswith(("transformers.py", "sft.py", "dpo.py", "kto.py")):
+        assert losses[-1] < losses[0]
+
+
+def test_loop_with_accelerate(tmp_path):
+    losses = [float(loss) for loss in re.findall(r"last loss ([0-9.]+)", run("loop_accelerate.py", tmp_path))]
+    assert len(losses) == 3 and losses[-1] < losses[0]

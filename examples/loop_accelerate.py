@@ -1,0 +1,27 @@
+"""A loop with accelerate on a packed model. Start it on several GPUs with ``accelerate launch``.
+
+python examples/loop_accelerate.py
+"""
+
+from accelerate import Accelerator
+from finetune_with_trainer import Collator
+from tiny import draw_samples, tiny_llava_next
+from torch.optim import AdamW
+
+from vtprune_train import pack
+from vtprune_train.data.trainer_batches import StepLoader
+
+accelerator = Accelerator()
+model, processor = tiny_llava_next()  # your model and processor
+loader = StepLoader(pack(model), draw_samples(64), Collator(processor), batch_size=16, max_tokens=2048)
+model, optimizer = accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3))
+for epoch in range(3):
+    loader.set_epoch(epoch)
+    for step in loader:
+        for batch in step["micro_batches"]:
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            loss = model(**batch, num_items_in_batch=step["num_items_in_batch"]).loss
+            accelerator.backward(loss * accelerator.num_processes)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"epoch {epoch}: last loss {loss.item():.3f}")
