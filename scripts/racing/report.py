@@ -11,6 +11,7 @@ from racing.setup import Setup
 
 BASELINE = "trainer_padded"
 WARM_UP = 1  # steps left out of the speed
+SORTED = "trainer_length_grouped"  # its first step has the longest samples, so that every step counts
 # The row with the FLOPs of the same model and samples. Sorted samples (trainer_length_grouped) are not the same ones.
 COUNTED_BY = {
     "trainer_padded": "loop_dense",
@@ -29,7 +30,8 @@ def rows_of(all_runs: Mapping[str, Sequence[Mapping[str, Any]]], setup: Setup) -
 def row_of(name: str, runs: Sequence[Mapping[str, Any]], flops: Sequence[float], setup: Setup) -> dict[str, Any]:
     """A row of the report from its repeats: medians of the speeds, maximum of the memory, losses of the first one.
     ``flops``: of each step; empty if unknown."""
-    speeds = [speed_of(run, setup) for run in runs]
+    warm_up = 0 if name == SORTED else WARM_UP
+    speeds = [speed_of(run, setup, warm_up) for run in runs]
     peak = runs[0]["peak_flops"]
     seconds = statistics.median(sum(run["seconds"][WARM_UP:]) for run in runs)
     return {
@@ -46,11 +48,11 @@ def row_of(name: str, runs: Sequence[Mapping[str, Any]], flops: Sequence[float],
     }
 
 
-def speed_of(run: Mapping[str, Any], setup: Setup) -> dict[str, float]:
+def speed_of(run: Mapping[str, Any], setup: Setup, warm_up: int) -> dict[str, float]:
     """Samples and real tokens (without padding, before dropping) per second."""
-    seconds = sum(run["seconds"][WARM_UP:])
-    samples = setup.global_batch * (setup.steps - WARM_UP)
-    return {"samples": samples / seconds, "tokens": sum(run["tokens"][WARM_UP:]) / seconds}
+    seconds = sum(run["seconds"][warm_up:])
+    samples = setup.global_batch * (setup.steps - warm_up)
+    return {"samples": samples / seconds, "tokens": sum(run["tokens"][warm_up:]) / seconds}
 
 
 def table(report: Mapping[str, Any]) -> list[str]:

@@ -14,9 +14,9 @@ class Setup:
     folder: str
     device: str
     steps: int
+    micro_batch: int
+    global_batch: int
     lengths: list[int] = field(default_factory=list)
-    micro_batch: int = 4
-    global_batch: int = 8
     learning_rate: float = 1e-4
     clip: float = 1.0
     seed: int = 0

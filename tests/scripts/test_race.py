@@ -14,6 +14,7 @@ from racing.setup import Setup
     [
         (("--steps", "1"), "--steps must be at least 2"),
         (("--repeats", "0"), "--repeats must be at least 1"),
+        (("--global_batch", "6"), "--global_batch must be a multiple of --micro_batch"),
         (("--only", "trainer_pack,axolotl"), "unknown row 'axolotl'; rows are trainer_padded"),
         (("--geometry", "7b"), "invalid choice: '7b'"),
     ],
@@ -32,7 +33,7 @@ def test_rows_whose_package_is_missing_are_left_out_with_the_reason(monkeypatch)
 
 
 def test_medians_leave_out_the_warm_up_and_the_loop_counts_the_flops():
-    setup = Setup(folder="", device="cuda", steps=3, lengths=[10])
+    setup = Setup(folder="", device="cuda", steps=3, micro_batch=4, global_batch=8)
 
     def run(seconds, flops=()):
         return {
@@ -46,6 +47,8 @@ def test_medians_leave_out_the_warm_up_and_the_loop_counts_the_flops():
     assert COUNTED_BY["trainer_pack"] == "loop_dense"
     assert (padded["mfu"], loop["mfu"]) == (0.25, 1.0)
     assert rows_of({"trainer_pack": runs["trainer_pack"]}, setup)[0]["mfu"] is None
+    [by_length] = rows_of({"trainer_length_grouped": [run(4)]}, setup)
+    assert by_length["samples_per_second"] == 24 / 108, "the longest samples, in the first step, count too"
 
 
 @pytest.mark.slow
