@@ -3,7 +3,7 @@
 python examples/loop_accelerate.py
 """
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from finetune_with_trainer import Collator
 from tiny import draw_samples, tiny_llava_next
 from torch.optim import AdamW
@@ -11,7 +11,8 @@ from torch.optim import AdamW
 from vtprune_train import pack
 from vtprune_train.data.trainer_batches import StepLoader
 
-accelerator = Accelerator()
+# LLaVA does not use the last layers of its vision tower.
+accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 model, processor = tiny_llava_next()  # your model and processor
 loader = StepLoader(pack(model), draw_samples(64), Collator(processor), batch_size=16, max_tokens=2048)
 model, optimizer = accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3))

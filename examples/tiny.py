@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, List
-from datasets import Image as Image_
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -79,12 +77,14 @@ def saved_llava_next(folder: str) -> tuple[LlavaNextForConditionalGeneration, Ll
     return LlavaNextForConditionalGeneration.from_pretrained(folder), processor
 
 
-def conversations(count: int, columns: Callable[[str], dict[str, Any]]) -> Dataset:
+def conversations(count: int, columns: Callable[[str], dict[str, Any]]) -> Any:
     """A ``datasets`` dataset with the columns ``images``, ``prompt`` (a question about the image), and what ``columns``
     returns for the right answer."""
+    import datasets  # the other examples do not need it
+
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     rows = [{"images": [image], "prompt": [question], **columns(answer)} for image, answer in draw_samples(count)]
-    return Dataset.from_list(rows).cast_column("images", List(Image_()))
+    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
 
 
 def said(answer: str) -> list[dict[str, Any]]:

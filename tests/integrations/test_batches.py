@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from tests.support.families import FAMILIES, family_model
 from tests.support.trainer_runs import HALF, SAMPLES, Collate, sample, trainer
@@ -22,6 +22,7 @@ from vtprune_train.data.trainer_batches import Lengths, StepLoader, StepSampler,
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 ROWS = [sample(number) for number in range(SAMPLES)]
+SAMPLING = str(TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata)
 
 
 def trained(*args, **kwargs):
@@ -205,3 +206,15 @@ def test_wrong_use(packed, tmp_path):
     with pytest.raises(ValueError, match="already"):
         batch_by_tokens(made, 400)
     assert isinstance(made, Trainer)
+    with pytest.raises(ValueError, match="max_tokens=0 must be a positive whole number"):
+        batch_by_tokens(trainer("pack", tmp_path), 0)
+    with pytest.raises(ValueError, match="without 'input_ids' \\(list\\)"):  # as TRL's GRPO collates
+        measure_lengths(packed, ROWS, lambda rows: rows)
+
+
+@pytest.mark.skipif("batch_rebalance" not in SAMPLING, reason="this transformers has no batch_rebalance")
+def test_a_sampler_that_forms_batches_itself_is_refused(tmp_path):
+    made = trainer("pack_tokens", tmp_path, train_sampling_strategy="batch_rebalance")
+    made.train_dataset = [{"input_ids": list(range(3))}] * 26
+    with pytest.raises(ValueError, match="BatchRebalanceSampler forms batches itself"):
+        made.get_train_dataloader()

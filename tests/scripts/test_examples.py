@@ -13,9 +13,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def run(name, tmp_path, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+def run(name, tmp_path, *arguments, launcher=(sys.executable,)):
+    settings = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **settings}
+    command = [*launcher, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -54,6 +55,9 @@ def test_trainers(tmp_path, name):
         assert losses[-1] < losses[0]
 
 
-def test_loop_with_accelerate(tmp_path):
-    losses = [float(loss) for loss in re.findall(r"last loss ([0-9.]+)", run("loop_accelerate.py", tmp_path))]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loop_with_accelerate(tmp_path, ranks):
+    torchrun = (str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks))
+    out = run("loop_accelerate.py", tmp_path, launcher=torchrun if ranks > 1 else (sys.executable,))
+    losses = [float(loss) for loss in re.findall(r"last loss ([0-9.]+)", out)]
+    assert len(losses) == 3 * ranks and losses[-1] < losses[0]

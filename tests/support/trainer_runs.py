@@ -1,6 +1,6 @@
 """transformers' Trainer on tiny models of every family; as a script, one run on several ranks::
 
-torchrun --nproc_per_node 2 tests/support/trainer_runs.py OUT VARIANT [STEPS]
+torchrun --nproc_per_node 2 tests/support/trainer_runs.py OUT VARIANT STEPS [CHECKPOINT]
 """
 
 from __future__ import annotations

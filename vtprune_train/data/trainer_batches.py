@@ -12,11 +12,12 @@ Shape suffixes: N samples, S images and videos, L tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
 MICRO_BATCHES = "micro_batches"
+WORKER_SETTINGS = (
+    "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "worker_init_fn",
+    "in_order",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,9 @@ class Lengths:
         return self.text + np.bincount(self.span_sample, weights=self.spans, minlength=len(self)).astype(np.int64)
 
     def costs(self, model: HFModule) -> np.ndarray:
-        """[N] float64, training FLOPs of each sample in the decoder and the head, after the drops of ``model``."""
-        inner = unwrapped(model)
-        method = method_of(inner) if is_pruned(inner) else None
-        config = inner.config.get_text_config()
+        """[N] float64, training FLOPs of each sample in the decoder and the head, after the drops of ``model``,
+        which must be packed or pruned."""
+        method, config = method_of(model), unwrapped(model).config.get_text_config()
         drops = () if method is None else method.drops(config.num_hidden_layers)
         cost = TrainingCost(DecoderGeometry.of(config), None, trains_decoder=True, trains_tower=False)
         stages = stage_lengths(self.text, self.spans, self.span_sample, drops)
@@ -101,7 +105,7 @@ def measure_lengths(
         dataset: a map-style dataset.
         collate: turns a list of samples into a batch with ``input_ids``, ``labels`` and, if padded, ``attention_mask``.
         num_workers: processes that load samples.
-        rank, world_size: of this process.
+        rank, world_size: of this process; with several, ``torch.distributed`` must be initialized.
 
     Raises:
         ValueError: a batch has no ``input_ids`` or no ``labels``.
@@ -116,9 +120,9 @@ def measure_lengths(
     )
     measured = [(number, *counts) for number, counts in zip(share, loader, strict=True)]
     if world_size > 1:
-        from accelerate.utils import gather_object
-
-        measured = sorted(gather_object(measured))
+        shares: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(shares, measured)
+        measured = sorted(chain.from_iterable(shares))
     return Lengths(
         np.array([text for _, text, _, _ in measured], dtype=np.int64),
         np.array([supervised for _, _, supervised, _ in measured], dtype=np.int64),
@@ -148,12 +152,26 @@ class _Count:
 
 def _labels(batch: Any) -> Tensor:
     for name in ("input_ids", "labels"):
-        if name not in batch:
+        if not isinstance(batch, Mapping) or name not in batch:
+            found = f"keys: {', '.join(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"the collator returned a batch without {name!r} (keys: {', '.join(batch)}); batches by tokens need "
-                "input_ids and labels, as collators for supervised fine-tuning return them"
+                f"the collator returned a batch without {name!r} ({found}); batches by tokens need input_ids and "
+                "labels, as collators for supervised fine-tuning return them"
             )
     return batch["labels"]
+
+
+def _check(model: HFModule, dataset: Any, max_tokens: int) -> None:
+    if not is_pruned(model):
+        raise ValueError("batches by tokens need a model that computes no padding: call pack(model) or prune(model)")
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{type(dataset).__name__} has no length; batches by tokens need a map-style dataset")
+    _check_positive("max_tokens", max_tokens)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive whole number")
 
 
 class Step(NamedTuple):
@@ -330,15 +348,8 @@ class StepLoader(DataLoader):  # type: ignore[type-arg]
         drop_last: bool = False,
         **kwargs: Any,
     ):
-        if not is_pruned(model):
-            raise ValueError(
-                "batches by tokens need a model that computes no padding: call pack(model) or prune(model)"
-            )
-        for name, value in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(f"{type(dataset).__name__} has no length; batches by tokens need a map-style dataset")
+        _check(model, dataset, max_tokens)
+        _check_positive("batch_size", batch_size)
         initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
         if rank is None or world_size is None:
             rank = torch.distributed.get_rank() if initialized else 0
@@ -400,17 +411,12 @@ def batch_by_tokens(trainer: Trainer, max_tokens: int, *, lengths: Lengths | str
 
     Raises:
         ValueError: the model is not packed or pruned, the dataset is iterable, the Trainer uses DataParallel, or it was
-            changed already.
+            changed already. In ``train()``: the errors of :class:`StepLoader`, or a sampler that forms batches itself.
     """
     arguments = trainer.args
     if MICRO_BATCHES in trainer.__dict__:
         raise ValueError("this trainer forms its micro-batches by tokens already")
-    if not is_pruned(trainer.accelerator.unwrap_model(trainer.model)):
-        raise ValueError("batches by tokens need a model that computes no padding: call pack(model) or prune(model)")
-    if not hasattr(trainer.train_dataset, "__len__"):
-        raise ValueError(
-            f"{type(trainer.train_dataset).__name__} has no length; batches by tokens need a map-style dataset"
-        )
+    _check(trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset, max_tokens)
     if arguments.n_gpu > 1:
         raise ValueError(
             f"the Trainer uses DataParallel on {arguments.n_gpu} GPUs; start one process per GPU with torchrun or "
@@ -419,48 +425,59 @@ def batch_by_tokens(trainer: Trainer, max_tokens: int, *, lengths: Lengths | str
     arguments.per_device_train_batch_size *= arguments.gradient_accumulation_steps
     trainer._train_batch_size *= arguments.gradient_accumulation_steps
     arguments.gradient_accumulation_steps = 1
-    make_loader, train_micro_batch = trainer.get_train_dataloader, trainer.training_step
-
-    def get_train_dataloader(self: Trainer) -> StepLoader:
-        plain = make_loader()  # its dataset and collator: columns that the model does not take are removed
-        samples = plain.dataset
-        return StepLoader(
-            self.accelerator.unwrap_model(self.model),
-            samples,
-            plain.collate_fn,
-            batch_size=self._train_batch_size * self.args.world_size,
-            max_tokens=max_tokens,
-            lengths=_stored(lengths, self, samples, plain.collate_fn),
-            order=_order(plain),
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            drop_last=self.args.dataloader_drop_last,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=plain.worker_init_fn,
-        )
-
-    def training_step(self: Trainer, model: HFModule, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        micro_batches = inputs[MICRO_BATCHES]
-        losses = []
-        for number, (batch, supervised) in enumerate(zip(micro_batches, inputs["supervised"], strict=True), start=1):
-            last = number == len(micro_batches)
-            if num_items_in_batch is None:  # the loss is a mean over the micro-batch; Trainer divides it by this
-                share = supervised * self.args.world_size / inputs["num_items_in_batch"]
-                self.current_gradient_accumulation_steps = 1 / share if share else float("inf")
-                if not supervised:  # a mean over no labels would be NaN
-                    batch = {**batch, "labels": torch.cat([batch["labels"][:, :-1], batch["input_ids"][:, -1:]], dim=1)}
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
-                losses.append(train_micro_batch(model, batch, num_items_in_batch))
-        return torch.stack(losses).sum()
-
     trainer.__dict__[MICRO_BATCHES] = max_tokens
-    trainer.get_train_dataloader = MethodType(get_train_dataloader, trainer)  # type: ignore[method-assign]
-    trainer.training_step = MethodType(training_step, trainer)  # type: ignore[method-assign]
+    trainer.get_train_dataloader = partial(  # type: ignore[method-assign]
+        _train_dataloader, trainer, trainer.get_train_dataloader, max_tokens, lengths
+    )
+    trainer.training_step = partial(_training_step, trainer, trainer.training_step)  # type: ignore[method-assign]
     return trainer
+
+
+def _train_dataloader(
+    trainer: Trainer,
+    original: Callable[[], DataLoader],  # type: ignore[type-arg]
+    max_tokens: int,
+    lengths: Lengths | str | Path | None,
+) -> StepLoader:
+    """Replaces ``trainer.get_train_dataloader``. The original loader has the dataset and the collator without columns
+    that the model does not take, and the settings of the workers."""
+    plain, arguments = original(), trainer.args
+    return StepLoader(
+        trainer.accelerator.unwrap_model(trainer.model),
+        plain.dataset,
+        plain.collate_fn,
+        batch_size=trainer._train_batch_size * arguments.world_size,
+        max_tokens=max_tokens,
+        lengths=_stored(lengths, trainer, plain),
+        order=_order(plain),
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+        drop_last=arguments.dataloader_drop_last,
+        **{name: getattr(plain, name) for name in WORKER_SETTINGS},
+    )
+
+
+def _training_step(
+    trainer: Trainer,
+    original: Callable[..., Tensor],
+    model: HFModule,
+    inputs: dict[str, Any],
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Replaces ``trainer.training_step``: runs the original for every micro-batch, and reduces gradients after the
+    last."""
+    micro_batches, losses = inputs[MICRO_BATCHES], []
+    for number, (batch, supervised) in enumerate(zip(micro_batches, inputs["supervised"], strict=True), start=1):
+        last = number == len(micro_batches)
+        if num_items_in_batch is None:  # the loss is a mean over the micro-batch; the Trainer divides it by this
+            share = supervised * trainer.args.world_size / max(1, inputs["num_items_in_batch"])
+            trainer.current_gradient_accumulation_steps = 1 / share if share else float("inf")
+            if not supervised:  # a mean over no labels would be NaN
+                batch = {**batch, "labels": torch.cat([batch["labels"][:, :-1], batch["input_ids"][:, -1:]], dim=1)}
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        with nullcontext() if last or trainer.is_deepspeed_enabled else trainer.accelerator.no_sync(model):
+            losses.append(original(model, batch, num_items_in_batch))
+    return torch.stack(losses).sum()
 
 
 def _order(loader: DataLoader) -> Sampler[int]:  # type: ignore[type-arg]
@@ -468,10 +485,19 @@ def _order(loader: DataLoader) -> Sampler[int]:  # type: ignore[type-arg]
     sampler: Any = loader.batch_sampler
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
+    if not hasattr(sampler, "sampler"):
+        raise ValueError(
+            f"the Trainer's {type(sampler).__name__} forms batches itself; set train_sampling_strategy to random, "
+            "sequential or group_by_length"
+        )
     return sampler.sampler  # type: ignore[no-any-return]
 
 
-def _stored(lengths: Lengths | str | Path | None, trainer: Trainer, samples: Any, collate: Collate) -> Lengths | None:
+def _stored(
+    lengths: Lengths | str | Path | None,
+    trainer: Trainer,
+    loader: DataLoader,  # type: ignore[type-arg]
+) -> Lengths | None:
     """The lengths; measured and written if they are a file that does not exist."""
     if lengths is None or isinstance(lengths, Lengths):
         return lengths
@@ -480,9 +506,14 @@ def _stored(lengths: Lengths | str | Path | None, trainer: Trainer, samples: Any
     trainer.accelerator.wait_for_everyone()  # all ranks look before one writes
     if exists:
         return Lengths.load(path)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    ranks = {"rank": arguments.process_index, "world_size": arguments.world_size}
-    measured = measure_lengths(model, samples, collate, num_workers=arguments.dataloader_num_workers, **ranks)
+    measured = measure_lengths(
+        trainer.accelerator.unwrap_model(trainer.model),
+        loader.dataset,
+        loader.collate_fn,
+        num_workers=loader.num_workers,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
     if arguments.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         measured.save(path)
