@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from vtprune_train.files import pickles
 from vtprune_train.training.engine.state import collect_files
 
 
@@ -58,3 +61,10 @@ def test_an_error_while_one_is_put_back_leaves_the_other_one_put_back():
     with pytest.raises(RuntimeError, match="_copy_recovery_script stays"):
         collect_files(engine, Path("checkpoint"), "deepspeed", dict, True)
     assert not vars(engine.checkpoint_engine)
+
+
+def test_a_stage_is_written_as_in_every_python(tmp_path, monkeypatch):
+    """Python 3.11.2 would write a call of getattr, which is refused where the file is read."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda stage, protocol: (getattr, (ZeroStageEnum, stage.name)))
+    torch.save({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "file.pt")
+    assert pickles.read(tmp_path / "file.pt") == {"zero_stage": 2}

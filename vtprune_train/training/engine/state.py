@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
 Files = list[tuple[Path, Any]]
+
+# Older releases of Python 3.11 (3.11.2, for example) pickle a member of an enumeration as a call of getattr, which
+# vtprune_train.files.pickles refuses to read; others pickle it as a call of its class.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))  # type: ignore[arg-type]
 
 
 def collect_files(engine: Any, folder: Path, tag: str, copy: Callable[[Any], Any], trained_only: bool) -> Files:
