@@ -1,0 +1,102 @@
+"""TRL's DPO, KTO, GRPO and RLOO trainers learn a small task with a packed and with a pruned model.
+
+They run where the packages of requirements-ecosystem.txt are installed (``make ecosystem``).
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaNextForConditionalGeneration, set_seed
+
+from tests.support.helpers import tiny_model
+from tests.support.trl_data import ANSWERS, chat_processor, dataset_of, draw_image
+from vtprune_train import PyramidDrop, pack, prune
+
+pytestmark = pytest.mark.slow
+
+trl = pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
+
+METHODS = {"packed": pack, "pruned": lambda model: prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))}
+UPPER_IDS_FROM = 32  # a rollout's reward is its share of the upper half of the 64 token ids
+FIRST = LAST = 5
+
+
+def trainer(kind, folder, how, **settings):
+    set_seed(0)
+    tiny_model().save_pretrained(folder / "model")
+    chat_processor().save_pretrained(folder / "model")
+    model = METHODS[how](LlavaNextForConditionalGeneration.from_pretrained(folder / "model"))
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
+
+    def said(number):
+        return [{"role": "assistant", "content": [{"type": "text", "text": ANSWERS[number]}]}]
+
+    columns = {
+        "DPO": lambda n: {"chosen": said(n % 2), "rejected": said(2 + n % 2)},
+        "KTO": lambda n: {"completion": said(n % 4), "label": n % 4 < 2},
+    }.get(kind, lambda n: {})
+    rows = [{"images": [draw_image(n)], "prompt": [user], **columns(n)} for n in range(8)]
+    specific, rewards = {"max_length": None, "per_device_train_batch_size": 4, "learning_rate": 1e-3}, {}
+    if kind in ("GRPO", "RLOO"):
+        specific = {
+            "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 6, "learning_rate": 3e-3,
+        }  # fmt: skip
+        rewards = {"reward_funcs": share_of_upper_ids}
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder / "run"), lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, bf16=False, seed=0, **{**specific, **settings},
+    )  # fmt: skip
+    return getattr(trl, f"{kind}Trainer")(
+        model=model, args=arguments, train_dataset=dataset_of(rows), processing_class=chat_processor(), **rewards
+    )
+
+
+def share_of_upper_ids(completion_ids, **_):
+    return [float(np.mean(np.array(ids) >= UPPER_IDS_FROM)) for ids in completion_ids]
+
+
+def learned(kind, folder, how, key, **settings):
+    """What the trainer logs under ``key`` at every step; printed, for the numbers in docs/preference.md."""
+    made = trainer(kind, folder, how, **settings)
+    made.train()
+    values = [entry[key] for entry in made.state.log_history if key in entry]
+    print(f"{kind} {how}: {key} {np.mean(values[:FIRST]):.2f} -> {np.mean(values[-LAST:]):.2f}, {len(values)} steps")
+    return values
+
+
+@pytest.mark.parametrize("how", list(METHODS))
+@pytest.mark.parametrize(("kind", "steps"), [("DPO", 16), ("KTO", 24)])
+def test_the_margin_between_preferred_and_rejected_answers_grows(tmp_path, kind, steps, how):
+    margins = learned(kind, tmp_path, how, "rewards/margins", max_steps=steps)
+    assert len(margins) == steps
+    assert margins[0] == pytest.approx(0.0, abs=1e-4)
+    assert np.mean(margins[-LAST:]) > 2.0
+
+
+@pytest.mark.parametrize("how", list(METHODS))
+@pytest.mark.parametrize(("kind", "beta", "rise"), [("GRPO", 0.0, 0.3), ("RLOO", 0.01, 0.15)])
+def test_the_reward_of_rollouts_rises(tmp_path, kind, beta, rise, how):
+    rewards = learned(kind, tmp_path, how, "reward", max_steps=24, beta=beta)
+    assert len(rewards) == 24
+    assert np.mean(rewards[-LAST:]) > np.mean(rewards[:FIRST]) + rise
+
+
+@pytest.mark.parametrize("how", list(METHODS))
+def test_scoring_gives_the_log_probabilities_of_the_rollout(tmp_path, how):
+    """The first importance ratio is therefore 1: both rank by the last token of the prompt."""
+    made = trainer("GRPO", tmp_path, how, max_steps=1)
+    model, processor = made.model.eval(), chat_processor()
+    processor.tokenizer.padding_side = "left"
+    texts = ["user : <image> what is shown ? assistant :", "user : <image> yes ? assistant :"]
+    inputs = processor(images=[draw_image(0), draw_image(1)], text=texts, return_tensors="pt", padding=True)
+    rollout = model.generate(
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=True, return_dict_in_generate=True, output_logits=True
+    )
+    completion = rollout.sequences[:, inputs["input_ids"].shape[1] :]
+    sampled = torch.stack(rollout.logits, dim=1).log_softmax(dim=-1).gather(2, completion[:, :, None])[:, :, 0]
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(completion)], dim=1)
+    images = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+    scored, _, _ = made._get_per_token_logps_and_entropies(
+        model, rollout.sequences, mask, completion.shape[1], num_images=[1, 1], **images
+    )
+    assert torch.allclose(scored, sampled, atol=1e-4)
