@@ -11,6 +11,7 @@ from transformers import LlavaNextForConditionalGeneration, set_seed
 from tests.support.helpers import tiny_model
 from tests.support.trl_data import ANSWERS, chat_processor, dataset_of, draw_image
 from vtprune_train import PyramidDrop, pack, prune
+from vtprune_train.models.forward import padded
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +101,18 @@ def test_scoring_gives_the_log_probabilities_of_the_rollout(tmp_path, how):
         model, rollout.sequences, mask, completion.shape[1], num_images=[1, 1], **images
     )
     assert torch.allclose(scored, sampled, atol=1e-4)
+
+
+def test_the_rollouts_of_a_prompt_share_its_prefill(tmp_path, monkeypatch):
+    rows = []
+    segments = padded._segments
+
+    def spy(*args):
+        made = segments(*args)
+        rows.append(len(made))
+        return made
+
+    made = trainer("GRPO", tmp_path, "pruned", max_steps=1)
+    monkeypatch.setattr(padded, "_segments", spy)
+    made.train()
+    assert rows == [2, 16], "16 rollouts of 2 prompts are prefilled as 2 rows, and scored as 16"
