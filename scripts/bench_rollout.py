@@ -94,7 +94,9 @@ def main() -> None:
         )
     if args.json is not None:
         settings = {"completions": args.completions, "prompt_tokens": length, "steps": args.steps}
-        args.json.write_text(json.dumps({**settings, "rows": table, "environment": environment(args, device)}, indent=2))
+        args.json.write_text(
+            json.dumps({**settings, "rows": table, "environment": environment(args, device)}, indent=2)
+        )
 
 
 if __name__ == "__main__":
