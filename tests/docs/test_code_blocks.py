@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "docs/families.md": "tests/docs/test_docs.py",
     "docs/inference.md": "tests/docs/test_inference_docs.py",
     "docs/methods/own.md": "tests/cli/test_methods.py",
+    "docs/preference.md": "tests/docs/test_docs.py",
     "docs/peft.md": "tests/models/io/test_peft.py",
     "docs/training.md": "tests/training/loop/test_callbacks.py",
 }

@@ -81,6 +81,23 @@ def test_ecosystem_page(folder):
     assert names["model"](**names["inputs"]).logits.isfinite().all()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (make ecosystem)")
+def test_preference_page(folder):
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
+    said = [[{"role": "assistant", "content": [{"type": "text", "text": answer}]}] for answer in ANSWERS[:2]]
+
+    def prompts(**columns):
+        return dataset_of([{"images": [draw_image(seed)], "prompt": [user], **columns} for seed in range(4)])
+
+    names = {"preferences": prompts(chosen=said[0], rejected=said[1]), "prompts": prompts()}
+    exec(local(blocks("generation.md", "python")[0]), names)
+    names["processor"] = chat_processor()
+    for code in blocks("preference.md", "python"):
+        exec(code.replace("report_to=[]", "report_to=[], use_cpu=True"), names)
+        assert is_pruned(names["model"]) and is_pruned(names["trainer"].ref_model)
+        assert len([entry for entry in names["trainer"].state.log_history if "train_loss" in entry]) == 1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (make ecosystem)")
 def test_lmms_eval_commands(folder):
     tasks = folder / "tasks" / "local_pictures"

@@ -11,6 +11,8 @@ from transformers import LlavaNextForConditionalGeneration, set_seed
 from tests.support.helpers import tiny_model
 from tests.support.trl_data import ANSWERS, chat_processor, dataset_of, draw_image
 from vtprune_train import PyramidDrop, pack, prune
+from vtprune_train.models.forward import padded
+from vtprune_train.models.forward.padded import kept_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +27,8 @@ def trainer(kind, folder, how, **settings):
     set_seed(0)
     tiny_model().save_pretrained(folder / "model")
     chat_processor().save_pretrained(folder / "model")
-    model = METHODS[how](LlavaNextForConditionalGeneration.from_pretrained(folder / "model"))
+    change = METHODS.get(how) or (lambda model: prune(model, how))
+    model = change(LlavaNextForConditionalGeneration.from_pretrained(folder / "model"))
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
 
     def said(number):
@@ -56,7 +59,7 @@ def share_of_upper_ids(completion_ids, **_):
 
 
 def learned(kind, folder, how, key, **settings):
-    """What the trainer logs under ``key`` at every step, which is also printed."""
+    """What the trainer logs under ``key`` at every step; printed, for the numbers in docs/preference.md."""
     made = trainer(kind, folder, how, **settings)
     made.train()
     values = [entry[key] for entry in made.state.log_history if key in entry]
@@ -100,3 +103,50 @@ def test_scoring_gives_the_log_probabilities_of_the_rollout(tmp_path, how):
         model, rollout.sequences, mask, completion.shape[1], num_images=[1, 1], **images
     )
     assert torch.allclose(scored, sampled, atol=1e-4)
+
+
+def test_the_rollouts_of_a_prompt_share_its_prefill(tmp_path, monkeypatch):
+    rows = []
+    segments = padded._segments
+
+    def spy(*args):
+        made = segments(*args)
+        rows.append(len(made))
+        return made
+
+    made = trainer("GRPO", tmp_path, "pruned", max_steps=1)
+    monkeypatch.setattr(padded, "_segments", spy)
+    made.train()
+    assert rows == [2, 16], "16 rollouts of 2 prompts are prefilled as 2 rows, and scored as 16"
+
+
+def kept_by(model, seeds):
+    """The visual tokens that reach the last layers, ``{(row, token)}``."""
+    inputs = chat_processor()(
+        images=[draw_image(seed) for seed in seeds], text=["user : <image> what is shown ? assistant :"] * len(seeds),
+        return_tensors="pt", padding=True,
+    )  # fmt: skip
+    kept = kept_tokens(model.eval(), inputs)
+    return {(row, token) for row, images in enumerate(kept) for token in images[0][-1].tolist()}
+
+
+def test_a_moved_policy_keeps_other_tokens_than_its_reference(tmp_path):
+    """Each ranks with its own attention. Printed, for the numbers in docs/preference.md."""
+    made = trainer("DPO", tmp_path, "pruned", max_steps=16)
+    assert kept_by(made.model, range(8)) == kept_by(made.ref_model, range(8))
+    made.train()
+    policy, reference = kept_by(made.model, range(8)), kept_by(made.ref_model, range(8))
+    print(f"{len(policy & reference) / len(reference):.2f} of {len(reference)} kept tokens are the reference's")
+    assert policy != reference
+    assert len(policy) == len(reference)
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "divprune", "prumerge", "visionzip", "vtc_cls", "fopru"])
+def test_methods_that_keep_the_references_tokens_while_only_the_decoder_is_trained(tmp_path, method):
+    made = trainer("DPO", tmp_path, method, max_steps=4)
+    for name, parameter in made.model.named_parameters():
+        parameter.requires_grad_("language_model" in name or "lm_head" in name)
+    before = made.model.lm_head.weight.clone()
+    made.train()
+    assert not torch.equal(made.model.lm_head.weight, before)
+    assert kept_by(made.model, range(8)) == kept_by(made.ref_model, range(8))

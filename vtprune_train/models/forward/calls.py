@@ -20,6 +20,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source
 from vtprune_train.models.families.base import Family
 from vtprune_train.models.families.layout import Grids
+from vtprune_train.models.forward.shared_prefill import SharedPrefill
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
@@ -71,11 +72,14 @@ class Call:
 class _InProgress(threading.local):
     """Thread-local state of running calls. ``is_step``: whether the next forward pass was prepared by ``generate``
     (others inside generate come from logits processors or stopping criteria); ``None`` until ``generate`` prepares one,
-    so always ``None`` in custom loops."""
+    so always ``None`` in custom loops. ``shared``: equal prompts whose prefill is still to run; ``repeats``: during
+    that prefill, the prompt of each row of ``generate``."""
 
     call: Call | None = None
     prompt_width: int | None = None
     is_step: bool | None = None
+    shared: SharedPrefill | None = None
+    repeats: Tensor | None = None
 
     def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
         """Record the start of a forward pass."""

@@ -11,12 +11,13 @@ from transformers import GenerationConfig, GenerationMixin
 from vtprune_train.models import HFModule
 from vtprune_train.models.forward.calls import State, by_name, is_pruned, state_of
 from vtprune_train.models.forward.padded import checkpoints_layers
+from vtprune_train.models.forward.shared_prefill import share_prefill
 
 
 def generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Wrapper around ``generate`` that rejects options the staged cache does not support. Without a cache, every step
-    ranks visual tokens with the prompt."""
-    inputs = by_name(original, args, kwargs)
+    """Wrapper around ``generate`` that rejects options the staged cache does not support, and runs the prefill once for
+    equal rows. Without a cache, every step ranks visual tokens with the prompt."""
+    inputs = dict(by_name(original, args, kwargs))
     config = self._prepare_generation_config(**{"generation_config": None, **inputs})[
         0
     ]  # defaults filled in from the model's generation config
@@ -27,18 +28,26 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, state, prompt, inputs)
     widths = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
-    previous = state.running.prompt_width, state.running.is_step
-    state.running.prompt_width, state.running.is_step = max(widths, default=None), None
+    running = state.running
+    previous = running.prompt_width, running.is_step, running.shared, running.repeats
+    running.prompt_width, running.is_step = max(widths, default=None), None
+    running.shared = share_prefill(self, state.family, state.image_token, config, inputs)
+    running.repeats = None
     try:
         return original(**inputs)
     finally:
-        state.running.prompt_width, state.running.is_step = previous
+        running.prompt_width, running.is_step, running.shared, running.repeats = previous
 
 
 def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Called by ``generate`` before each of its forward passes; marks the pass as belonging to the prompt."""
+    """Called by ``generate`` before each of its forward passes; marks the pass as belonging to the prompt. The first
+    pass gets one row for each distinct prompt."""
     state.running.is_step = True
-    return original(*args, **kwargs)
+    inputs = original(*args, **kwargs)
+    if (shared := state.running.shared) is not None:
+        state.running.shared, state.running.repeats = None, shared.repeats()
+        inputs = shared.select(inputs, shared.sequences)
+    return inputs
 
 
 def prepare_position_ids(
@@ -48,6 +57,10 @@ def prepare_position_ids(
     otherwise add a stale rope delta stored on the module by the previous request."""
     cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
     cached = 0 if cache is None else cache.get_seq_length()
+    if (shared := state.running.shared) is not None:  # the images are those of the distinct prompts
+        rows = shared.select({**model_kwargs, "input_ids": inputs_tensor})
+        positions = original(rows["input_ids"], rows)
+        return positions.index_select(positions.ndim - 2, shared.prompt)
     if not cached:
         return original(inputs_tensor, model_kwargs)
     grids = model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw")

@@ -137,8 +137,11 @@ def expand_outputs(self: HFModule, original: Callable[..., Any], state: State, *
     and videos, and their metadata in the same order.
 
     Stacked features are passed as a list of tensors, each with its metadata, because a stacked copy would lose it.
+    With a shared prefill, the features are those of the rows that run.
     """
     inputs = by_name(original, args, kwargs)
+    if state.running.shared is not None:
+        return inputs["mm_encoder_output"]
     stacked = []
     for features in inputs["mm_encoder_output"].values():
         pooled = getattr(features, "pooler_output", None)

@@ -18,6 +18,7 @@ from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.models.forward.images import note_images, note_videos
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_attention_function
+from vtprune_train.models.forward.shared_prefill import repeat_rows
 
 
 @torch.compiler.disable
@@ -53,8 +54,10 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
             "generation ranks them by the end of the prompt (label smoothing and compute_loss_func keep labels from "
             "the model)"
         )
+    repeats, state.running.repeats = state.running.repeats, None
     with state.calling(input_ids, labels):
-        return original(**inputs)
+        output = original(**inputs)
+    return output if repeats is None else repeat_rows(output, repeats)
 
 
 def forward_base(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
