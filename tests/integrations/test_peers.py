@@ -163,12 +163,10 @@ def factory_losses(folder):
 
 
 @needs_factory
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_factory(folder, family, tuning):
-    if (family, tuning) == ("llava_next", "lora"):
-        pytest.skip("LoRA is tested with one family, to save time")
-    names = [f"{kind}_{tuning}" for kind in ("dense", "packed", "pruned")]
-    dense, packed, pruned = (factory(folder, family, name, finetuning_type=tuning) for name in names)
+def test_factory(folder, family):
+    tuning = {"llava_next": "full", "qwen2_5_vl": "lora"}[family]
+    names = ["dense", "packed", "pruned"]
+    dense, packed, pruned = (factory(folder, family, f"{name}_{tuning}", finetuning_type=tuning) for name in names)
     runs = [
         start(dense.replace(LAUNCHER, "llamafactory-cli"), folder),
         start(packed, folder),
@@ -176,9 +174,11 @@ def test_factory(folder, family, tuning):
     ]
     for run in runs:
         output_of(run)
-    compare(*(factory_losses(folder / name) for name in names))
-    saved = [json.loads((folder / name / "config.json").read_text()) for name in names if tuning == "full"]
-    assert ["pruning" in config for config in saved] == [False, False, True][: len(saved)]
+    folders = [folder / f"{name}_{tuning}" for name in names]
+    compare(*map(factory_losses, folders))
+    if tuning == "full":
+        saved = [json.loads((folder / "config.json").read_text()) for folder in folders]
+        assert ["pruning" in config for config in saved] == [False, False, True]
 
 
 @needs_factory
