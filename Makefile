@@ -3,6 +3,7 @@
 # make test         run the tests; `make ecosystem` adds those with TRL, PEFT, lmms-eval and others
 # make test-fast    run only the fast tests, before every commit: a few minutes
 # make test-floor   run the version-dependent tests with the oldest supported versions, in .venv-floor (5 GB with CUDA)
+# make peers        run the tests with ms-swift and LLaMA-Factory, in .venv-peers (2 GB without CUDA)
 # make gpu          on a machine with a GPU: run the tests that need one, then scripts/gpu_check.py (under 7 minutes)
 # make settings     write docs/settings.md and the comments of configs/ from the descriptions of the settings
 # Each target creates its virtual environment if it is missing. PYTHON sets another interpreter (3.11 or newer).
@@ -15,6 +16,8 @@ READY_DEV := $(VENV)/.ready-dev
 READY_ECOSYSTEM := $(VENV)/.ready-ecosystem
 FLOOR := .venv-floor
 READY_FLOOR := $(FLOOR)/.ready
+PEERS := .venv-peers
+READY_PEERS := $(PEERS)/.ready
 export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
@@ -27,7 +30,7 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
 	training/engine/test_private.py training/memory/test_allocator.py training/test_runs.py)
 
-.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench settings docs clean
+.PHONY: quickstart compare test test-fast test-floor peers gpu ecosystem lint format bench settings docs clean
 
 quickstart: $(READY)
 	$(BIN)/vtprune quickstart
@@ -43,6 +46,9 @@ test-fast: $(READY_DEV)
 
 test-floor: $(READY_FLOOR)
 	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist worksteal $(FLOOR_TESTS)
+
+peers: $(READY_PEERS)
+	PYTHONPATH=$(CURDIR)/tests/support/cpu_torchvision $(PEERS)/bin/python -m pytest tests/integrations/test_peers.py
 
 gpu: $(READY_DEV)
 	$(BIN)/python -m pytest -m gpu tests
@@ -71,7 +77,7 @@ docs: $(READY_DEV)
 	$(BIN)/sphinx-build -W -b html docs site
 
 clean:
-	rm -rf $(VENV) $(FLOOR) runs site
+	rm -rf $(VENV) $(FLOOR) $(PEERS) runs site
 
 $(READY): requirements.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -86,6 +92,14 @@ $(READY_DEV): $(READY) requirements-dev.txt
 $(READY_FLOOR): requirements-floor.txt
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements-floor.txt
+	touch $@
+
+# Without its compiled library, torchaudio can be imported beside any build of PyTorch.
+$(READY_PEERS): requirements-peers.txt
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --requirement requirements-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps llamafactory==0.9.5 torchvision==0.28.0 torchaudio==2.11.0
+	rm -rf $(PEERS)/lib/python3*/site-packages/torchaudio/lib
 	touch $@
 
 $(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt requirements-gpu.txt
