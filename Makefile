@@ -26,7 +26,8 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 	models/families/test_loop_families.py models/families/test_qwen3_5.py models/forward/test_attention.py \
 	models/forward/test_compile.py::test_compiled_once_and_equal models/forward/test_head.py integrations/test_batches.py \
 	models/io/test_build.py models/io/test_in_pieces.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
-	models/test_golden.py models/test_prune.py models/test_trained.py models/video/test_packed_videos.py pruning/methods/test_combinations.py \
+	models/test_golden.py models/test_prune.py models/test_rank_by.py models/test_trained.py models/test_waits.py \
+	models/video/test_packed_videos.py pruning/methods/test_combinations.py \
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
 	training/engine/test_private.py training/memory/test_allocator.py training/test_runs.py)
 

@@ -3,9 +3,12 @@
 They run where the packages of requirements-ecosystem.txt are installed (``make ecosystem``).
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlavaNextForConditionalGeneration, set_seed
 
 from tests.support.helpers import tiny_model
@@ -18,16 +21,18 @@ pytestmark = pytest.mark.slow
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
 
-METHODS = {"packed": pack, "pruned": lambda model: prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))}
+HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
+METHODS = {"packed": pack, "pruned": lambda model: prune(model, HALF)}
+BY_REFERENCE = {"by_reference": lambda model: prune(model, HALF, rank_by="reference")}
 UPPER_IDS_FROM = 32  # a rollout's reward is its share of the upper half of the 64 token ids
 FIRST = LAST = 5
 
 
-def trainer(kind, folder, how, **settings):
+def trainer(kind, folder, how, lora=False, **settings):
     set_seed(0)
     tiny_model().save_pretrained(folder / "model")
     chat_processor().save_pretrained(folder / "model")
-    change = METHODS.get(how) or (lambda model: prune(model, how))
+    change = {**METHODS, **BY_REFERENCE}.get(how) or (lambda model: prune(model, how))
     model = change(LlavaNextForConditionalGeneration.from_pretrained(folder / "model"))
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
 
@@ -39,18 +44,23 @@ def trainer(kind, folder, how, **settings):
         "KTO": lambda n: {"completion": said(n % 4), "label": n % 4 < 2},
     }.get(kind, lambda n: {})
     rows = [{"images": [draw_image(n)], "prompt": [user], **columns(n)} for n in range(8)]
-    specific, rewards = {"max_length": None, "per_device_train_batch_size": 4, "learning_rate": 1e-3}, {}
+    specific = {"max_length": None, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     if kind in ("GRPO", "RLOO"):
         specific = {
             "per_device_train_batch_size": 16, "num_generations": 8, "max_completion_length": 6, "learning_rate": 3e-3,
         }  # fmt: skip
-        rewards = {"reward_funcs": share_of_upper_ids}
+    more = {}
+    if lora:
+        specific["learning_rate"] = 1e-2
+        more["peft_config"] = LoraConfig(target_modules="all-linear", r=8, lora_alpha=32)
+    if kind in ("GRPO", "RLOO"):
+        more["reward_funcs"] = share_of_upper_ids
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder / "run"), lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
         report_to=[], use_cpu=True, bf16=False, seed=0, **{**specific, **settings},
     )  # fmt: skip
     return getattr(trl, f"{kind}Trainer")(
-        model=model, args=arguments, train_dataset=dataset_of(rows), processing_class=chat_processor(), **rewards
+        model=model, args=arguments, train_dataset=dataset_of(rows), processing_class=chat_processor(), **more
     )
 
 
@@ -84,17 +94,19 @@ def test_the_reward_of_rollouts_rises(tmp_path, kind, beta, rise, how):
     assert np.mean(rewards[-LAST:]) > np.mean(rewards[:FIRST]) + rise
 
 
-@pytest.mark.parametrize("how", list(METHODS))
+@pytest.mark.parametrize("how", [*METHODS, *BY_REFERENCE])
 def test_scoring_gives_the_log_probabilities_of_the_rollout(tmp_path, how):
-    """The first importance ratio is therefore 1: both rank by the last token of the prompt."""
-    made = trainer("GRPO", tmp_path, how, max_steps=1)
+    """The first importance ratio of a step is therefore 1: both rank by the last token of the prompt."""
+    made = trainer("GRPO", tmp_path, how, max_steps=3, beta=0.01)
+    made.train()
     model, processor = made.model.eval(), chat_processor()
     processor.tokenizer.padding_side = "left"
     texts = ["user : <image> what is shown ? assistant :", "user : <image> yes ? assistant :"]
     inputs = processor(images=[draw_image(0), draw_image(1)], text=texts, return_tensors="pt", padding=True)
     rollout = model.generate(
-        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=True, return_dict_in_generate=True, output_logits=True
-    )
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=True, return_dict_in_generate=True, output_logits=True,
+        suppress_tokens=[model.config.image_token_id],
+    )  # fmt: skip
     completion = rollout.sequences[:, inputs["input_ids"].shape[1] :]
     sampled = torch.stack(rollout.logits, dim=1).log_softmax(dim=-1).gather(2, completion[:, :, None])[:, :, 0]
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(completion)], dim=1)
@@ -139,6 +151,24 @@ def test_a_moved_policy_keeps_other_tokens_than_its_reference(tmp_path):
     print(f"{len(policy & reference) / len(reference):.2f} of {len(reference)} kept tokens are the reference's")
     assert policy != reference
     assert len(policy) == len(reference)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "key", "rise", "settings"),
+    [("DPO", "rewards/margins", 1.0, {"max_steps": 16}), ("GRPO", "reward", 0.15, {"max_steps": 24, "beta": 0.01})],
+)
+def test_a_policy_ranked_by_its_reference_learns_and_keeps_the_references_tokens(
+    tmp_path, kind, key, rise, settings, lora
+):
+    made = trainer(kind, tmp_path, "by_reference", lora=lora, **settings)
+    made.train()
+    values = [entry[key] for entry in made.state.log_history if key in entry]
+    print(f"{kind} by_reference: {key} {np.mean(values[:FIRST]):.2f} -> {np.mean(values[-LAST:]):.2f}")
+    assert np.mean(values[-LAST:]) > np.mean(values[:FIRST]) + rise
+    policy = kept_by(made.model, range(8))
+    with made.model.disable_adapter() if lora else nullcontext():
+        assert policy == kept_by(made.model if lora else made.ref_model, range(8))
 
 
 @pytest.mark.parametrize("method", ["uniform", "random", "divprune", "prumerge", "visionzip", "vtc_cls", "fopru"])

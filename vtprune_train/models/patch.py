@@ -35,9 +35,10 @@ from vtprune_train.models.forward.attention import (
     dense_implementation,
     unavailable_because,
 )
-from vtprune_train.models.forward.calls import STATE, State, is_pruned, state_of, unwrapped
+from vtprune_train.models.forward.calls import STATE, RankBy, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.linear_attention import MIXER, layers_that_attend
+from vtprune_train.models.forward.reference import reference_for
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
@@ -61,6 +62,7 @@ def prune(
     method: PruningMethod | str | Mapping[str, Any] | Sequence[Any] | None = SAVED,
     *,
     attention: str = "auto",
+    rank_by: str | nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
     """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation.
@@ -80,6 +82,10 @@ def prune(
         attention: ``auto`` (selected for the model's device and dtype, so move the model first), a backend of
             :mod:`vtprune_train.models.forward.attention`, or the path of a function (see
             :func:`vtprune_train.models.forward.attention.user_function`).
+        rank_by: whose weights select the kept tokens: by default the model's own; ``"reference"``, those of the
+            reference model that TRL loads or, with PEFT, of the model without its adapters; or those of another model,
+            pruned by the same method. The other model runs up to its last drop point before each pass with images. Not
+            saved with the model.
         trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
@@ -87,7 +93,8 @@ def prune(
 
     Raises:
         ValueError: the model class is unsupported, the model is already pruned, the method is unknown, no method is
-            saved in the checkpoint, or the method does not fit the number of layers.
+            saved in the checkpoint, the method does not fit the number of layers, or it cannot be used with
+            ``rank_by``.
     """
     inner = unwrapped(model)
     family = family_of(inner)
@@ -117,6 +124,8 @@ def prune(
                 f"{family.title}: multi_turn='keep_dense' is not supported because its positions are not kept between "
                 "turns; use multi_turn='drop'"
             )
+    reference = None if rank_by is None else reference_for(inner, rank_by, method)
+    if method is not None:
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
@@ -131,11 +140,14 @@ def prune(
         video_token=None if isinstance(family.videos, Lacks) else inner.config.video_token_id,
         attention=attention_before,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
+        rank_by=reference,
     )
     if family.tower is not None:
         state.tower_backend = _tower_backend(inner.get_submodule(family.tower), state.backend)
     if path := getattr(inner.config, "_name_or_path", None):
-        state.source = Source(path, functools.partial(_prune_copy, method=method, backend=state.backend))
+        state.source = Source(
+            path, functools.partial(_prune_copy, method=method, backend=state.backend, rank_by=state.rank_by)
+        )
         follow(next(cls for cls in type(inner).__mro__ if cls.__name__ == family.model_class))
     _install(inner, state)
     return model
@@ -163,8 +175,8 @@ def pack(model: Model, *, attention: str = "auto") -> Model:
     return prune(model, None, attention=attention)
 
 
-def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> HFModule:
-    """Apply a pruned model's method to a model loaded from its path."""
+def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str, rank_by: RankBy | None) -> HFModule:
+    """Apply a pruned model's method to a model loaded from its path, which becomes its reference (``rank_by``)."""
     if method is not None:
         try:
             check_trained(model, method)
@@ -176,7 +188,10 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
             ) from error
     weight = model.get_output_embeddings().weight
     available = unavailable_because(backend, weight.device, weight.dtype) is None
-    return prune(model, method, attention=backend if available else "auto")
+    prune(model, method, attention=backend if available else "auto")
+    if rank_by is not None:
+        rank_by.loaded(model)
+    return model
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:

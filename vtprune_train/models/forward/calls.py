@@ -7,6 +7,7 @@ import inspect
 import logging
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from vtprune_train.models.families.base import Family
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.shared_prefill import SharedPrefill
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.candidates import EncoderSignals
+from vtprune_train.pruning.candidates import EncoderSignals, Selection
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class Call:
         videos: the videos, likewise.
         positions: [3, B, L] M-RoPE position ids, starting at 0 in each row of this call, if the family computes them.
         encoder: vision-tower signals of the visual tokens; recorded if the method needs them.
+        selects: run up to the last drop point only, to fill ``selections``; for the reference of another model.
+        selections: the selection at each drop point: an input of the decoder (``None``: the method selects), or its
+            output if ``selects``.
         segments, kept_rows, plan: outputs of the decoder: the layout of each row, the rows kept at each drop point, and
             the executed plan.
     """
@@ -65,6 +69,8 @@ class Call:
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
     encoder: EncoderSignals | None = None
+    selects: bool = False
+    selections: tuple[Selection, ...] | None = None
     kept_rows: tuple[Tensor, ...] = ()
     plan: StreamPlan | None = None
 
@@ -73,19 +79,36 @@ class _InProgress(threading.local):
     """Thread-local state of running calls. ``is_step``: whether the next forward pass was prepared by ``generate``
     (others inside generate come from logits processors or stopping criteria); ``None`` until ``generate`` prepares one,
     so always ``None`` in custom loops. ``shared``: equal prompts whose prefill is still to run; ``repeats``: during
-    that prefill, the prompt of each row of ``generate``."""
+    that prefill, the prompt of each row of ``generate``. ``selections``: what a reference model chose for the prefill
+    that is still to run."""
 
     call: Call | None = None
     prompt_width: int | None = None
     is_step: bool | None = None
     shared: SharedPrefill | None = None
     repeats: Tensor | None = None
+    selections: tuple[Selection, ...] | None = None
 
     def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
         """Record the start of a forward pass."""
         self.call = Call(input_ids, labels, None if self.is_step is False else self.prompt_width)
         self.is_step = False if self.is_step else self.is_step
         return self.call
+
+
+class RankBy:
+    """The argument ``rank_by`` of :func:`vtprune_train.prune`: a reference model, or ``None`` for the one that a
+    trainer loads from the policy's path, which calls :meth:`loaded`."""
+
+    def __init__(self, given: HFModule | None):
+        self.given = given
+        self.copy: Callable[[], HFModule | None] = lambda: None
+
+    def loaded(self, model: HFModule) -> None:
+        self.copy = weakref.ref(model)
+
+    def model(self) -> HFModule | None:
+        return self.copy() if self.given is None else self.given
 
 
 @dataclass
@@ -101,6 +124,7 @@ class State:
     tower_backend: str = ""
     pruning: Any = None
     source: Source | None = None
+    rank_by: RankBy | None = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)
 
@@ -124,7 +148,7 @@ class State:
             _DENSE.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        return dataclasses.replace(self, warned=set(), running=_InProgress())
+        return dataclasses.replace(self, rank_by=None, warned=set(), running=_InProgress())
 
     def __reduce__(self) -> Any:
         raise pickle.PicklingError(
@@ -146,6 +170,18 @@ class State:
             yield self.running.open(input_ids, labels)
         finally:
             self.running.call = None
+
+    @contextmanager
+    def selecting(self, call: Call, prompt_width: int | None) -> Iterator[Call]:
+        """Context manager around a pass of a reference model that selects tokens for the pass ``call`` of another
+        model, or of the same model with other adapters."""
+        before = self.running.call, self.running.prompt_width
+        selects = Call(call.input_ids, call.labels, call.prompt_width, selects=True)
+        self.running.call, self.running.prompt_width = selects, prompt_width
+        try:
+            yield selects
+        finally:
+            self.running.call, self.running.prompt_width = before
 
 
 def state_of(model: HFModule) -> State:

@@ -9,7 +9,7 @@ Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from vtprune_train.models.forward.keys import StageKeys
 from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
 from vtprune_train.pruning.ops.selection import next_rows
 
 PARAMETERS = "pruning"  # name of the decoder submodule with the method's learned parameters
@@ -50,13 +50,14 @@ class DecoderOutput:
     ``last_hidden_state`` [T_last, C] before the final norm. For each drop point, ``kept`` [T_next] int64 holds the
     previous-stage row of each token (-1 if it was restored from the set-aside tokens), and ``origins`` [T_next] int64
     its first-stage row; merged tokens refer to one of their sources. ``plan`` is the executed plan: the input plan,
-    updated with the actual counts of adaptive drops.
+    updated with the actual counts of adaptive drops. ``selections``: the selection at each drop point.
     """
 
     last_hidden_state: Tensor
     kept: tuple[Tensor, ...]
     origins: tuple[Tensor, ...]
     plan: StreamPlan
+    selections: tuple[Selection, ...] = ()
 
 
 @dataclass
@@ -111,19 +112,25 @@ def run_layers(
     method: PruningMethod | None = None,
     staging: Staging | None = None,
     encoder: EncoderSignals | None = None,
+    selections: Sequence[Selection] | None = None,
+    selects: bool = False,
 ) -> DecoderOutput:
     """Run a packed batch through the decoder layers of ``text_model`` (any Llama-like model).
 
     ``hidden_TC`` holds the input embeddings with image features already inserted. ``method`` may be ``None`` if the
-    plan has no drop point; without ``staging`` the positions of each segment count from 0."""
+    plan has no drop point; without ``staging`` the positions of each segment count from 0. ``selections`` replace the
+    choices of ``method`` at each drop point; ``selects`` stops after the last drop point."""
     check_attention(text_model)
     walk = _Walk(text_model, method, plan, staging or Staging.counted(plan), hidden_TC.unsqueeze(0), encoder)
-    for index in range(len(plan.stages)):
+    walk.given = selections
+    for index in range(len(plan.boundaries) if selects else len(plan.stages)):
         ranking = walk.run_stage(index)
         if index < len(plan.boundaries):
             walk.cross(index, ranking)
     walk.touch_unused()
-    return DecoderOutput(walk.hidden.squeeze(0), tuple(walk.kept), tuple(walk.origins), walk.plan)
+    return DecoderOutput(
+        walk.hidden.squeeze(0), tuple(walk.kept), tuple(walk.origins), walk.plan, tuple(walk.selections)
+    )
 
 
 class _Walk:
@@ -152,6 +159,8 @@ class _Walk:
         self.memories: dict[int, dict[str, Any]] = {}
         self.kept: list[Tensor] = []
         self.origins: list[Tensor] = []
+        self.given: Sequence[Selection] | None = None
+        self.selections: list[Selection] = []
 
     def run_stage(self, index: int) -> Ranking | None:
         """Run the layers of one stage; return the ranking from the last layer's attention if the next drop needs it."""
@@ -200,8 +209,12 @@ class _Walk:
         part, boundary = self._part(index), self.plan.boundaries[index]
         assert part is not None, "a plan with drop points needs the method that planned it"
         aside = self._aside(index)
-        with record_function(CHOOSE):
-            selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
+        if self.given is None:
+            with record_function(CHOOSE):
+                selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
+        else:
+            selection = self.given[index]
+        self.selections.append(selection)
         if selection.counts is not None:
             self._replan(index, selection.counts)
             self._locate(index)
@@ -272,7 +285,7 @@ class _Walk:
 
     def _ranking_part(self, index: int) -> PruningMethod | None:
         """Return the method that needs a ranking at the end of stage ``index``."""
-        part = self._part(index)
+        part = self._part(index) if self.given is None else None
         ranked = part is not None and part.needs.rank_with is not None and self.plan.boundaries[index].drop.ranked
         return part if ranked else None
 

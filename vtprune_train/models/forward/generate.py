@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from vtprune_train.models import HFModule
 from vtprune_train.models.forward.calls import State, by_name, is_pruned, state_of
 from vtprune_train.models.forward.padded import checkpoints_layers
+from vtprune_train.models.forward.reference import prompt_selections
 from vtprune_train.models.forward.shared_prefill import share_prefill
 
 
@@ -25,18 +26,21 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
     if checkpoints_layers(self.get_submodule(state.family.decoder)):
         inputs["use_cache"] = _without_cache(state, config, inputs)
     prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
-    if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
+    sequences = max(config.num_beams or 1, config.num_return_sequences or 1)
+    if sequences > 1:
         _check_repeated_images(self, state, prompt, inputs)
     widths = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
     running = state.running
-    previous = running.prompt_width, running.is_step, running.shared, running.repeats
+    previous = running.prompt_width, running.is_step, running.shared, running.repeats, running.selections
     running.prompt_width, running.is_step = max(widths, default=None), None
     running.shared = share_prefill(self, state.family, state.image_token, config, inputs)
-    running.repeats = None
+    running.repeats = running.selections = None
     try:
+        if config.use_cache and inputs.get("use_cache") is not False:
+            running.selections = prompt_selections(self, state, inputs, sequences)
         return original(**inputs)
     finally:
-        running.prompt_width, running.is_step, running.shared, running.repeats = previous
+        running.prompt_width, running.is_step, running.shared, running.repeats, running.selections = previous
 
 
 def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:

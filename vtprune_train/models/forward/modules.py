@@ -16,6 +16,7 @@ from vtprune_train.models.forward import packed, padded
 from vtprune_train.models.forward.calls import State, by_name, state_of
 from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.models.forward.images import note_images, note_videos
+from vtprune_train.models.forward.reference import selections
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_attention_function
 from vtprune_train.models.forward.shared_prefill import repeat_rows
@@ -42,6 +43,8 @@ def close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
 def forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
     """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
     if args and isinstance(args[0], PackedBatch):
+        if state.rank_by is not None:
+            raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
         return packed.forward(self, state, args[0])
     inputs = by_name(original, args, inputs)
     _check_inputs(state, inputs)
@@ -68,6 +71,8 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
     _check_inputs(state, inputs)
     with state.calling(inputs["input_ids"]) as call:
         assert call is not None
+        if not call.selects:
+            call.selections = selections(state, self, call, inputs)
         features = {key: value for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
         if "image" in features:
             note_images(call, state, features["image"].pooler_output)

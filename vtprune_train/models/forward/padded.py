@@ -189,8 +189,12 @@ def _run_rows(
     if deepstack_visual_embeds:
         staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
-    output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
+    output = run_layers(
+        text_model, embeds, plan, state.method, staging, call.encoder, call.selections, call.selects
+    )  # fmt: skip
     call.kept_rows, call.plan = output.origins, output.plan
+    if call.selects:
+        call.selections = output.selections
     if cache is not None:
         settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
     if output.origins:
