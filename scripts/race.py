@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Race training loops: the same weights and samples under transformers' Trainer, TRL and the project's loop.
+"""Race training loops: the same weights and samples under transformers' Trainer, TRL, LLaMA-Factory, ms-swift and the
+project's loop.
 
     python scripts/race.py --device cpu --geometry small [--steps 3] [--repeats 1] [--json FILE] [--plot FILE]
     python scripts/race.py --device cpu --geometry tiny --only trainer_padded,trainer_pack,loop_prune
 
 Every row trains a LLaVA-NeXT with random weights on images and conversations of mixed lengths, read from disk, with the
 same number of optimizer steps. Each run is a process of its own, and the repeats are interleaved. The first step is a
-warm-up and not counted (except with sorted samples). Rows whose package is missing are listed with the reason.
+warm-up and not counted (except with sorted samples). Rows whose package is missing are listed with the reason. `make
+ecosystem` installs TRL; `make peers` installs LLaMA-Factory and ms-swift, into an environment of their own.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from transformers import AutoProcessor  # noqa: E402
 
 import bench  # noqa: E402
 from bench_rows import environment  # noqa: E402
-from racing import loop  # noqa: E402
+from racing import loop, peers  # noqa: E402
 from racing.report import WARM_UP, draw, rows_of, table  # noqa: E402
 from racing.samples import read_samples, write_checkpoint, write_samples  # noqa: E402
 from racing.setup import Setup  # noqa: E402
-from racing.trainers import Collator  # noqa: E402
+from racing.trainers import Collator, ordered_samples  # noqa: E402
 
 # The package that each row needs besides those of vtprune-train[train].
 ROWS = {
@@ -50,19 +52,23 @@ ROWS = {
     "loop_dense": None,
     "loop_prune": None,
 }
-GEOMETRIES = ("tiny", "small")
-NOT_WRITTEN = ("llamafactory", "ms_swift")
+# Both have the lengths of LLaVA-NeXT: up to 2,900 tokens for an image.
+GEOMETRIES = {
+    "tiny": replace(bench.GEOMETRIES["tiny"], vision=bench.clip(32, 3, 2), samples=bench.MIXED, pinpoints=()),
+    "small": bench.GEOMETRIES["small"],
+}
+PEERS = ROOT / ".venv-peers" / "bin" / "python"  # made by `make peers`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    names, left_out = choose(arguments.only)
+    names, left_out = choose(arguments.only, arguments.peers)
     with tempfile.TemporaryDirectory(prefix="race-") as folder:
         setup = prepare(arguments, folder)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for repeat in range(arguments.repeats):
             for name in list(runs):
-                result = run(name, setup, Path(folder) / f"{name}-{repeat}.json")
+                result = run(name, setup, Path(folder) / f"{name}-{repeat}.json", arguments.peers)
                 print(f"repeat {repeat + 1}, {name}: {sum(result['seconds']):.2f} s in all steps", flush=True)
                 runs[name].append(result)
     report = {
@@ -85,13 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps, at least 2 (default: 3)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--global_batch", type=int, default=8, help="samples in an optimizer step (default: 8)")
     parser.add_argument("--micro_batch", type=int, default=4, help="samples in a micro-batch (default: 4)")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=PEERS,
+        help="Python of the environment with LLaMA-Factory and ms-swift (default: that of `make peers`)",
+    )
     parser.add_argument("--only", default=",".join(ROWS), help=f"rows, separated by commas: {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, help="also write results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw speed and memory to this file")
@@ -112,16 +124,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def choose(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def choose(names: Sequence[str], peers_python: Path = PEERS) -> tuple[list[str], dict[str, str]]:
     """The rows that can run, and the reason for each one that cannot."""
     left_out = {}
     for name in names:
         package = ROWS[name]
-        if package and importlib.util.find_spec(package) is None:
-            left_out[name] = f"the package {package} is not installed"
-        elif name in NOT_WRITTEN:
-            left_out[name] = f"this script does not start {name} yet"
+        if package and not has(package, peers_python if name in peers.RUN else None):
+            left_out[name] = (
+                f"the package {package} is installed neither here nor in {peers_python} (make peers)"
+                if name in peers.RUN
+                else f"the package {package} is not installed (make ecosystem)"
+            )
     return [name for name in names if name not in left_out], left_out
+
+
+def has(package: str, other_python: Path | None) -> bool:
+    """Whether a package is installed here, or in the environment of another interpreter."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    if other_python is None or not other_python.is_file():
+        return False
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([str(other_python), "-c", look]).returncode == 0
 
 
 def prepare(arguments: argparse.Namespace, folder: str) -> Setup:
@@ -133,29 +157,35 @@ def prepare(arguments: argparse.Namespace, folder: str) -> Setup:
         micro_batch=arguments.micro_batch,
         global_batch=arguments.global_batch,
     )
-    geometry = bench.GEOMETRIES[arguments.geometry]
+    geometry = GEOMETRIES[arguments.geometry]
     write_checkpoint(geometry, setup.checkpoint)
     write_samples(geometry, setup.num_samples, setup.data)
     collate = Collator(AutoProcessor.from_pretrained(setup.checkpoint))
     for row in read_samples(setup.data):
         collate([row])
     setup = replace(setup, lengths=collate.tokens)
+    peers.write_conversations(ordered_samples(setup), setup.data)
     setup.write()
     return setup
 
 
-def run(name: str, setup: Setup, out: Path) -> dict[str, Any]:
+def run(name: str, setup: Setup, out: Path, peers_python: Path = PEERS) -> dict[str, Any]:
     """Run a row in a process of its own and return what it measured.
 
     Raises:
         RuntimeError: the process failed.
     """
-    command, extra = (
-        loop.command(name, setup, out)
-        if name.startswith("loop_")
-        else ([sys.executable, "-m", "racing.trainers", name, setup.folder, str(out)], {})
-    )
     paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    extra: dict[str, str] = {}
+    if name.startswith("loop_"):
+        command, extra = loop.command(name, setup, out)
+    elif name in peers.RUN:
+        here = importlib.util.find_spec(str(ROWS[name])) is not None
+        command = [sys.executable if here else str(peers_python), "-m", "racing.peers", name, setup.folder, str(out)]
+        paths.append(str(ROOT / "tests" / "support" / "cpu_torchvision"))  # no effect with a CUDA build of PyTorch
+        extra = {"DISABLE_VERSION_CHECK": "1"}  # LLaMA-Factory declares transformers<=5.6
+    else:
+        command = [sys.executable, "-m", "racing.trainers", name, setup.folder, str(out)]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **extra}
     if setup.device == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"

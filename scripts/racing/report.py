@@ -16,6 +16,8 @@ SORTED = "trainer_length_grouped"  # its first step has the longest samples, so 
 COUNTED_BY = {
     "trainer_padded": "loop_dense",
     "trl_sft": "loop_dense",
+    "llamafactory": "loop_dense",
+    "ms_swift": "loop_dense",
     "trainer_pack": "loop_dense",
     "trainer_prune": "loop_prune",
 }

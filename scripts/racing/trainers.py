@@ -80,11 +80,15 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def dataset_of(setup: Setup) -> datasets.Dataset:
-    """The samples in the order in which the project's loop takes them."""
+def ordered_samples(setup: Setup) -> list[dict[str, Any]]:
+    """The samples with their ``length``, in the order in which the project's loop takes them."""
     rows = [{**row, "length": length} for row, length in zip(read_samples(setup.data), setup.lengths, strict=True)]
     order = EpochOrder([len(rows)], seed=setup.seed).samples(0, 0, len(rows))
-    columns = datasets.Dataset.from_list([rows[i] for i in order.tolist()])
+    return [rows[i] for i in order.tolist()]
+
+
+def dataset_of(setup: Setup) -> datasets.Dataset:
+    columns = datasets.Dataset.from_list(ordered_samples(setup))
     return columns.cast_column("images", datasets.List(datasets.Image()))
 
 

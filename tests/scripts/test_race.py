@@ -1,6 +1,8 @@
 """The race of training loops."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,9 +29,21 @@ def test_refuses(wrong, message, capsys):
 
 def test_rows_whose_package_is_missing_are_left_out_with_the_reason(monkeypatch):
     monkeypatch.setitem(race.ROWS, "trl_sft", "a_package_that_nobody_has")
-    names, left_out = race.choose(["trainer_pack", "trl_sft"])
+    monkeypatch.setitem(race.ROWS, "ms_swift", "another_one")
+    names, left_out = race.choose(["trainer_pack", "trl_sft", "ms_swift"], Path("/nowhere/python"))
     assert names == ["trainer_pack"]
-    assert left_out == {"trl_sft": "the package a_package_that_nobody_has is not installed"}
+    assert left_out == {
+        "trl_sft": "the package a_package_that_nobody_has is not installed (make ecosystem)",
+        "ms_swift": "the package another_one is installed neither here nor in /nowhere/python (make peers)",
+    }
+
+
+def test_packages_are_looked_up_in_the_environment_of_the_peers(monkeypatch):
+    monkeypatch.setitem(race.ROWS, "ms_swift", "pytest")
+    assert race.has("pytest", None)
+    assert race.has("pytest", Path(sys.executable))
+    assert not race.has("a_package_that_nobody_has", Path(sys.executable))
+    assert race.choose(["ms_swift"]) == (["ms_swift"], {})
 
 
 def test_medians_leave_out_the_warm_up_and_the_loop_counts_the_flops():
@@ -56,7 +70,8 @@ def test_a_race_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(race.ROWS, "ms_swift", "a_package_that_nobody_has")
     rows = "trainer_padded,ms_swift,trainer_pack,trainer_prune,loop_prune"
     files = ["--json", str(tmp_path / "new" / "race.json"), "--plot", str(tmp_path / "race.png")]
-    assert race.main(["--geometry", "tiny", "--steps", "2", "--repeats", "1", "--only", rows, *files]) == 0
+    settings = ["--geometry", "tiny", "--steps", "2", "--repeats", "1", "--global_batch", "4", "--only", rows]
+    assert race.main([*settings, *files]) == 0
     report = json.loads((tmp_path / "new" / "race.json").read_text())
     by_name = {row["name"]: row for row in report["rows"]}
     assert list(by_name) == ["trainer_padded", "trainer_pack", "trainer_prune", "loop_prune"]
@@ -67,7 +82,22 @@ def test_a_race_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert losses["trainer_pack"] == pytest.approx(losses["trainer_padded"], abs=1e-4)
     assert losses["loop_prune"] == pytest.approx(losses["trainer_prune"], abs=1e-4), "same samples, same drops"
     assert losses["trainer_prune"] != pytest.approx(losses["trainer_pack"], abs=1e-4), "something is dropped"
-    assert report["left_out"] == {"ms_swift": "the package a_package_that_nobody_has is not installed"}
-    assert (report["geometry"], report["steps"], len(report["sample_tokens"])) == ("tiny", 2, 16)
+    assert list(report["left_out"]) == ["ms_swift"]
+    assert (report["geometry"], report["steps"], len(report["sample_tokens"])) == ("tiny", 2, 8)
     assert "ms_swift: left out" in capsys.readouterr().out
     assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "package"), [("llamafactory", "llamafactory"), ("ms_swift", "swift")])
+def test_peers(tmp_path, name, package):
+    """In an environment of their own, with an older transformers: the same samples give the same losses."""
+    if not race.has(package, race.PEERS):
+        pytest.skip(f"{package} is not installed (make peers)")
+    rows = f"trainer_padded,{name}"
+    settings = ["--geometry", "tiny", "--steps", "2", "--global_batch", "4", "--only", rows]
+    assert race.main([*settings, "--json", str(tmp_path / "race.json")]) == 0
+    padded, peer = json.loads((tmp_path / "race.json").read_text())["rows"]
+    assert peer["name"] == name
+    assert peer["losses"] == pytest.approx(padded["losses"], abs=1e-4)
+    assert set(peer["settings"]["versions"]) > {"torch", "transformers"}
