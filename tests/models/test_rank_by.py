@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import GenerationMixin, LlavaNextForConditionalGeneration
 
 from tests.support.families import FAMILIES, family_inputs, family_model
@@ -111,6 +112,32 @@ def test_a_shared_prefill_drops_what_the_reference_drops(name, settings):
     assert selected == prefilled == dropped_by(reference, family_inputs(name, ROWS))
 
 
+def test_generation_infers_the_mask_of_padding():
+    reference, policy = pair("llava_next")
+    inputs, origins = family_inputs("llava_next", ROWS), []
+    expected = dropped_by(reference, inputs)
+    del inputs["attention_mask"]
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 3, "eos_token_id": 2}
+    with dropping(origins), torch.no_grad():
+        policy.generate(**inputs, **settings)
+    assert origins == [expected] * 2
+    with pytest.raises(ValueError, match="needs input_ids"):
+        policy.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=1)
+
+
+def test_dropout_does_not_change_what_the_reference_chooses():
+    reference, policy = pair("llava_next")
+    inputs, origins = family_inputs("llava_next", ROWS), []
+    expected = dropped_by(reference, inputs)
+    for layer in reference.model.language_model.layers:
+        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.5))
+    reference.train()
+    with dropping(origins):
+        policy(**inputs)
+    assert origins == [expected] * 2
+    assert all(module.training for module in reference.modules())
+
+
 @pytest.mark.skipif(ENCODES_IN_PREFILL, reason="transformers before 5.18 encodes images in the prefill")
 def test_generation_without_a_cache_says_what_to_change():
     _, policy = pair("llava_next")
@@ -154,6 +181,8 @@ def test_a_model_loaded_from_the_path_of_the_policy_is_its_reference(tmp_path):
     assert kept(moved(policy), inputs) == kept(reference, inputs)
     copied = copy.deepcopy(policy)
     assert kept(copied, inputs) != kept(reference, inputs), "a copy ranks by itself"
+    second = LlavaNextForConditionalGeneration.from_pretrained(policy.config._name_or_path)
+    assert kept(policy, inputs) == kept(reference, inputs) != kept(moved(second), inputs), "the first one is used"
     del reference
     gc.collect()
     with pytest.raises(ValueError, match="there is no reference model"):
@@ -175,6 +204,7 @@ def test_wrong_use():
         (HALF, other, "the reference is not pruned"),
         (HALF, prune(family_model("llava_next"), "fastv"), "the reference is pruned by FastV"),
         (HALF, pack(family_model("llava_next")), "the reference is pruned by None"),
+        (HALF, prune(family_model("llava"), HALF), "rank_by is a LLaVA-1.5, but the model a LLaVA-NeXT"),
     ):
         with pytest.raises(ValueError, match=message):
             prune(model, method, rank_by=rank_by)

@@ -11,7 +11,9 @@ Shape suffixes: N samples, S images and videos, L tokens.
 
 from __future__ import annotations
 
+import io
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -22,12 +24,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from vtprune_train.core.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.core.stream import IGNORE
 from vtprune_train.data.plan.dealing import deal
+from vtprune_train.files.disk import replace_synced
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.forward.calls import is_pruned, unwrapped
@@ -81,14 +85,22 @@ class Lengths:
 
     def save(self, path: str | Path) -> None:
         """Write to an ``.npz`` file."""
-        with Path(path).open("wb") as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        file = io.BytesIO()
+        np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        replace_synced(Path(path), file.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> Lengths:
-        """Read what :meth:`save` wrote."""
-        with np.load(path) as stored:
-            return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is another file, or damaged.
+        """
+        try:
+            with np.load(path) as stored:
+                return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} does not hold lengths ({error}); delete it to measure them again") from error
 
 
 def measure_lengths(
@@ -410,18 +422,18 @@ def batch_by_tokens(trainer: Trainer, max_tokens: int, *, lengths: Lengths | str
         ``trainer``.
 
     Raises:
-        ValueError: the model is not packed or pruned, the dataset is iterable, the Trainer uses DataParallel, or it was
-            changed already. In ``train()``: the errors of :class:`StepLoader`, or a sampler that forms batches itself.
+        ValueError: the model is not packed or pruned, the dataset is iterable, the Trainer uses a setting that is not
+            supported (see below), or it was changed already. In ``train()``: the errors of :class:`StepLoader`, or a
+            sampler that forms batches itself.
+
+    Not supported: DataParallel; tensor, context and sequence parallelism; ``auto_find_batch_size``; on several ranks,
+    ``average_tokens_across_devices=False``.
     """
     arguments = trainer.args
     if MICRO_BATCHES in trainer.__dict__:
         raise ValueError("this trainer forms its micro-batches by tokens already")
     _check(trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset, max_tokens)
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"the Trainer uses DataParallel on {arguments.n_gpu} GPUs; start one process per GPU with torchrun or "
-            "accelerate launch"
-        )
+    _check_trainer(trainer)
     arguments.per_device_train_batch_size *= arguments.gradient_accumulation_steps
     trainer._train_batch_size *= arguments.gradient_accumulation_steps
     arguments.gradient_accumulation_steps = 1
@@ -431,6 +443,30 @@ def batch_by_tokens(trainer: Trainer, max_tokens: int, *, lengths: Lengths | str
     )
     trainer.training_step = partial(_training_step, trainer, trainer.training_step)  # type: ignore[method-assign]
     return trainer
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Reject settings with which the Trainer would count samples, ranks or tokens differently."""
+    arguments = trainer.args
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"the Trainer uses DataParallel on {arguments.n_gpu} GPUs; start one process per GPU with torchrun or "
+            "accelerate launch"
+        )
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    for name, size in sizes.items():
+        if size > 1:
+            raise ValueError(f"{name} parallelism (of {size} ranks) is not supported; use data parallelism, or ZeRO")
+    if arguments.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True would change the number of samples in an optimizer step, but not max_tokens; "
+            "set it to False, and lower max_tokens if memory runs out"
+        )
+    if arguments.world_size > 1 and not arguments.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False is not supported on several ranks, whose micro-batches have different "
+            "numbers of supervised tokens; leave it at True"
+        )
 
 
 def _train_dataloader(
@@ -473,7 +509,7 @@ def _training_step(
             share = supervised * trainer.args.world_size / max(1, inputs["num_items_in_batch"])
             trainer.current_gradient_accumulation_steps = 1 / share if share else float("inf")
             if not supervised:  # a mean over no labels would be NaN
-                batch = {**batch, "labels": torch.cat([batch["labels"][:, :-1], batch["input_ids"][:, -1:]], dim=1)}
+                batch = {**batch, "labels": batch["input_ids"]}
         trainer.accelerator.gradient_state._set_sync_gradients(last)
         with nullcontext() if last or trainer.is_deepspeed_enabled else trainer.accelerator.no_sync(model):
             losses.append(original(model, batch, num_items_in_batch))
@@ -502,10 +538,10 @@ def _stored(
     if lengths is None or isinstance(lengths, Lengths):
         return lengths
     path, arguments = Path(lengths), trainer.args
-    exists = path.exists()
-    trainer.accelerator.wait_for_everyone()  # all ranks look before one writes
-    if exists:
-        return Lengths.load(path)
+    stored: list[Lengths | None] = [Lengths.load(path) if arguments.process_index == 0 and path.exists() else None]
+    broadcast_object_list(stored)  # nodes may not share the file
+    if stored[0] is not None:
+        return stored[0]
     measured = measure_lengths(
         trainer.accelerator.unwrap_model(trainer.model),
         loader.dataset,

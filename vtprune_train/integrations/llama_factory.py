@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Any
 
 from llamafactory import launcher
@@ -38,9 +39,19 @@ def _applying(init_adapter: Any) -> Any:
     return apply_and_init_adapter
 
 
+NOT_SUPPORTED = {
+    "USE_V1": "only the default version 0 of LLaMA-Factory's trainer is supported",
+    "USE_RAY": "Ray starts its workers without this module",
+    "USE_MCA": "Megatron has models of its own",
+}
+
+
 def main() -> None:
-    if is_env_enabled("USE_V1"):
-        raise ValueError("USE_V1=1: only the default version 0 of LLaMA-Factory's trainer is supported; unset it")
+    for name, reason in NOT_SUPPORTED.items():
+        if is_env_enabled(name):
+            raise ValueError(f"{name}=1: the model would not be packed or pruned, as {reason}; unset it")
+    if sys.argv[1:2] in (["webui"], ["webchat"]):
+        raise ValueError(f"{sys.argv[1]} starts llamafactory-cli, which does not pack or prune; use train config.yaml")
     install()
     if "LOCAL_RANK" in os.environ:  # started by the launcher's torchrun, which passes on the settings alone
         from llamafactory.train.tuner import run_exp

@@ -22,22 +22,16 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
 from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.forward import generate, images, linear_attention, modules, tower_attention
-from vtprune_train.models.forward.attention import (
-    OWNED,
-    attention_name,
-    choose_backend,
-    dense_implementation,
-    unavailable_because,
-)
+from vtprune_train.models.forward.attention import OWNED, attention_name, dense_implementation, unavailable_because
+from vtprune_train.models.forward.backend import decoder_backend, tower_backend
 from vtprune_train.models.forward.calls import STATE, RankBy, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
-from vtprune_train.models.forward.linear_attention import MIXER, layers_that_attend
+from vtprune_train.models.forward.linear_attention import MIXER
 from vtprune_train.models.forward.reference import reference_for
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
@@ -79,13 +73,13 @@ def prune(
             (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
             ``None`` or ``"none"`` packs without dropping; ``"saved"`` (default) uses the method that the checkpoint was
             saved with.
-        attention: ``auto`` (selected for the model's device and dtype, so move the model first), a backend of
-            :mod:`vtprune_train.models.forward.attention`, or the path of a function (see
+        attention: ``auto`` (selected for the model's device and dtype, and again if a trainer moves or casts the
+            model), a backend of :mod:`vtprune_train.models.forward.attention`, or the path of a function (see
             :func:`vtprune_train.models.forward.attention.user_function`).
         rank_by: whose weights select the kept tokens: by default the model's own; ``"reference"``, those of the
             reference model that TRL loads or, with PEFT, of the model without its adapters; or those of another model,
             pruned by the same method. The other model runs up to its last drop point before each pass with images. Not
-            saved with the model.
+            saved with the model, and a deep copy ranks by itself.
         trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
@@ -124,7 +118,7 @@ def prune(
                 f"{family.title}: multi_turn='keep_dense' is not supported because its positions are not kept between "
                 "turns; use multi_turn='drop'"
             )
-    reference = None if rank_by is None else reference_for(inner, rank_by, method)
+    reference = None if rank_by is None else reference_for(inner, family, rank_by, method)
     if method is not None:
         attach(inner, method)
         if inner is not model and learns(method):
@@ -132,6 +126,7 @@ def prune(
                 "%s has learned parameters, which PEFT's save_pretrained does not save: prune first, then "
                 "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
+    weight = inner.get_output_embeddings().weight
     state = State(
         family=family,
         method=method,
@@ -141,12 +136,13 @@ def prune(
         attention=attention_before,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
         rank_by=reference,
+        chosen_for=(weight.device.type, weight.dtype) if attention == "auto" else None,
     )
     if family.tower is not None:
-        state.tower_backend = _tower_backend(inner.get_submodule(family.tower), state.backend)
+        state.tower_backend = tower_backend(inner.get_submodule(family.tower), state.backend)
     if path := getattr(inner.config, "_name_or_path", None):
         state.source = Source(
-            path, functools.partial(_prune_copy, method=method, backend=state.backend, rank_by=state.rank_by)
+            path, functools.partial(_prune_copy, method=method, attention=attention, rank_by=state.rank_by)
         )
         follow(next(cls for cls in type(inner).__mro__ if cls.__name__ == family.model_class))
     _install(inner, state)
@@ -175,7 +171,7 @@ def pack(model: Model, *, attention: str = "auto") -> Model:
     return prune(model, None, attention=attention)
 
 
-def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str, rank_by: RankBy | None) -> HFModule:
+def _prune_copy(model: HFModule, method: PruningMethod | None, attention: str, rank_by: RankBy | None) -> HFModule:
     """Apply a pruned model's method to a model loaded from its path, which becomes its reference (``rank_by``)."""
     if method is not None:
         try:
@@ -187,20 +183,11 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str, ran
                 "and prune it before you pass it to the trainer; or pass a ref_model to the trainer"
             ) from error
     weight = model.get_output_embeddings().weight
-    available = unavailable_because(backend, weight.device, weight.dtype) is None
-    prune(model, method, attention=backend if available else "auto")
+    available = attention != "auto" and unavailable_because(attention, weight.device, weight.dtype) is None
+    prune(model, method, attention=attention if available else "auto")
     if rank_by is not None:
         rank_by.loaded(model)
     return model
-
-
-def _tower_backend(module: nn.Module, backend: str) -> str:
-    """Return the decoder's ``backend`` if it is one of the package's and supports the vision tower's dtype and head
-    size, otherwise the best one that does."""
-    tower = next(iter(tower_attention.towers(module).values()))
-    sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
-    takes = not is_path(backend) and unavailable_because(backend, *sizes) is None
-    return backend if takes else choose_backend("auto", *sizes)
 
 
 def backend_for(model: HFModule, requested: str = "auto") -> str:
@@ -211,9 +198,7 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
     """
     inner = unwrapped(model)
     weight = inner.get_output_embeddings().weight
-    text_model = inner.get_submodule(family_of(inner).decoder)
-    attention = text_model.layers[layers_that_attend(text_model)[0]].self_attn
-    return choose_backend(requested, weight.device, weight.dtype, attention.head_dim)
+    return decoder_backend(inner.get_submodule(family_of(inner).decoder), requested, weight.device, weight.dtype)
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:

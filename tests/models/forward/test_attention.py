@@ -8,7 +8,7 @@ import torch
 
 from tests.support.helpers import tiny_model
 from vtprune_train.models import patch
-from vtprune_train.models.forward import attention
+from vtprune_train.models.forward import attention, backend
 
 CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ def test_refusals_name_the_gpu_and_the_head_size(gpu, caplog):
 def test_prune_looks_at_the_head_size(gpu, monkeypatch):
     gpu((9, 0))
     asked = []
-    monkeypatch.setattr(patch, "choose_backend", lambda *args: asked.append(args) or "varlen_sdpa")
+    monkeypatch.setattr(backend, "choose_backend", lambda *args: asked.append(args) or "varlen_sdpa")
     patch.prune(tiny_model(), None)
     assert asked == [("auto", CPU, torch.float32, 8)]
 

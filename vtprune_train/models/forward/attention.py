@@ -357,6 +357,15 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
     return run
 
 
+def in_mixed_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast queries and keys, which the rotary embedding leaves in float32 under autocast, for kernels that autocast does
+    not know."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 def attention_name(backend: str, dense: str = "sdpa") -> str:
     """Build the attention name registered for a pruned model's decoder. It encodes ``backend``, used for packed
     batches, and ``dense``, the original implementation, used inside ``vtprune_train.dense`` (per thread, including
@@ -415,7 +424,7 @@ def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
         if packing.probe is not None:
             packing.probe(q_THD, k_TGD)
         kwargs |= packing.lengths
-        out_THD = function(q_THD, k_TGD, v_TGD, **kwargs)
+        out_THD = function(*in_mixed_precision(q_THD, k_TGD, v_TGD), **kwargs)
         if packing.key_choice is not None:
             out_THD = packing.key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
         return out_THD.unsqueeze(0), None

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import SegmentLayout, StreamPlan
@@ -79,14 +80,16 @@ class _InProgress(threading.local):
     """Thread-local state of running calls. ``is_step``: whether the next forward pass was prepared by ``generate``
     (others inside generate come from logits processors or stopping criteria); ``None`` until ``generate`` prepares one,
     so always ``None`` in custom loops. ``shared``: equal prompts whose prefill is still to run; ``repeats``: during
-    that prefill, the prompt of each row of ``generate``. ``selections``: what a reference model chose for the prefill
-    that is still to run."""
+    that prefill, the prompt of each row of ``generate``. ``pixels``: for a reference model that is still to choose, the
+    inputs of the vision tower, which ``generate`` does not pass on; ``selections``: what it chose for the prefill that
+    is still to run."""
 
     call: Call | None = None
     prompt_width: int | None = None
     is_step: bool | None = None
     shared: SharedPrefill | None = None
     repeats: Tensor | None = None
+    pixels: dict[str, Any] | None = None
     selections: tuple[Selection, ...] | None = None
 
     def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
@@ -97,15 +100,16 @@ class _InProgress(threading.local):
 
 
 class RankBy:
-    """The argument ``rank_by`` of :func:`vtprune_train.prune`: a reference model, or ``None`` for the one that a
-    trainer loads from the policy's path, which calls :meth:`loaded`."""
+    """The argument ``rank_by`` of :func:`vtprune_train.prune`: a reference model, or ``None`` for the first one that is
+    loaded from the policy's path, which calls :meth:`loaded`."""
 
     def __init__(self, given: HFModule | None):
         self.given = given
         self.copy: Callable[[], HFModule | None] = lambda: None
 
     def loaded(self, model: HFModule) -> None:
-        self.copy = weakref.ref(model)
+        if self.copy() is None:  # later ones are for other purposes, such as evaluation
+            self.copy = weakref.ref(model)
 
     def model(self) -> HFModule | None:
         return self.copy() if self.given is None else self.given
@@ -113,7 +117,8 @@ class RankBy:
 
 @dataclass
 class State:
-    """State that ``prune`` attaches to a model: the method and the attributes it replaced."""
+    """State that ``prune`` attaches to a model: the method and the attributes it replaced. ``chosen_for``: the device
+    type and dtype that the backends were chosen for; ``None`` if the caller chose."""
 
     family: Family
     method: PruningMethod | None
@@ -122,6 +127,7 @@ class State:
     video_token: int | None = None
     attention: str = ""
     tower_backend: str = ""
+    chosen_for: tuple[str, torch.dtype] | None = None
     pruning: Any = None
     source: Source | None = None
     rank_by: RankBy | None = None

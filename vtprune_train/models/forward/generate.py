@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.forward.calls import State, by_name, is_pruned, state_of
+from vtprune_train.models.forward.calls import Call, State, by_name, is_pruned, state_of
 from vtprune_train.models.forward.padded import checkpoints_layers
-from vtprune_train.models.forward.reference import prompt_selections
-from vtprune_train.models.forward.shared_prefill import share_prefill
+from vtprune_train.models.forward.reference import selections
+from vtprune_train.models.forward.shared_prefill import ROWS, share_prefill
 
 
 def generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
@@ -31,16 +31,26 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
         _check_repeated_images(self, state, prompt, inputs)
     widths = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
     running = state.running
-    previous = running.prompt_width, running.is_step, running.shared, running.repeats, running.selections
+    previous = (
+        running.prompt_width,
+        running.is_step,
+        running.shared,
+        running.repeats,
+        running.pixels,
+        running.selections,
+    )
     running.prompt_width, running.is_step = max(widths, default=None), None
     running.shared = share_prefill(self, state.family, state.image_token, config, inputs)
-    running.repeats = running.selections = None
+    running.repeats = running.selections = running.pixels = None
+    caches = config.use_cache and inputs.get("use_cache") is not False
+    if state.rank_by is not None and caches and (running.shared is not None or sequences == 1):
+        running.pixels = {key: value for key, value in inputs.items() if key not in ROWS}
     try:
-        if config.use_cache and inputs.get("use_cache") is not False:
-            running.selections = prompt_selections(self, state, inputs, sequences)
         return original(**inputs)
     finally:
-        running.prompt_width, running.is_step, running.shared, running.repeats, running.selections = previous
+        (running.prompt_width, running.is_step, running.shared, running.repeats, running.pixels, running.selections) = (
+            previous
+        )
 
 
 def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +61,11 @@ def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *
     if (shared := state.running.shared) is not None:
         state.running.shared, state.running.repeats = None, shared.repeats()
         inputs = shared.select(inputs, shared.sequences)
+    if (pixels := state.running.pixels) is not None and inputs.get("input_ids") is not None:
+        state.running.pixels = None
+        rows = {key: inputs[key] for key in ROWS if inputs.get(key) is not None}
+        base = self.get_submodule(state.family.base)
+        state.running.selections = selections(state, base, Call(rows["input_ids"]), {**pixels, **rows})
     return inputs
 
 

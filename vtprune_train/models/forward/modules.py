@@ -13,6 +13,7 @@ from transformers import Cache
 from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan
 from vtprune_train.models import HFModule
 from vtprune_train.models.forward import packed, padded
+from vtprune_train.models.forward.backend import choose_again
 from vtprune_train.models.forward.calls import State, by_name, state_of
 from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.models.forward.images import note_images, note_videos
@@ -43,8 +44,6 @@ def close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
 def forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
     """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
     if args and isinstance(args[0], PackedBatch):
-        if state.rank_by is not None:
-            raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
         return packed.forward(self, state, args[0])
     inputs = by_name(original, args, inputs)
     _check_inputs(state, inputs)
@@ -69,6 +68,7 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
         return packed.forward_base(self, state, args[0])
     inputs = by_name(original, args, inputs)
     _check_inputs(state, inputs)
+    choose_again(self, state, inputs["input_ids"].device)
     with state.calling(inputs["input_ids"]) as call:
         assert call is not None
         if not call.selects:

@@ -66,6 +66,8 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
     """Forward of the base: returns the normalized hidden states [R, C] of the supervised rows, the decoder output, and
     the teacher's hidden states [R, C] for the same rows (images are encoded once for both passes)."""
+    if state.rank_by is not None:
+        raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     with reading(self, state.method) as read, record_function(TOWER):
         tables = _feature_tables(self, batch, text_TC.dtype)

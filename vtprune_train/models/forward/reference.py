@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vtprune_train.models import HFModule
+from vtprune_train.models.families.base import Family
 from vtprune_train.models.forward.calls import STATE, Call, RankBy, State, unwrapped
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Selection
@@ -37,12 +38,12 @@ OWN = (
 )
 
 
-def reference_for(model: HFModule, rank_by: Any, method: PruningMethod | None) -> RankBy:
+def reference_for(model: HFModule, family: Family, rank_by: Any, method: PruningMethod | None) -> RankBy:
     """Resolve the argument ``rank_by`` of :func:`vtprune_train.prune`.
 
     Raises:
-        ValueError: it is neither ``"reference"`` nor another model pruned by ``method``, or the choices of ``method``
-            cannot be taken from another model.
+        ValueError: it is neither ``"reference"`` nor another model of the same family pruned by ``method``, or the
+            choices of ``method`` cannot be taken from another model.
     """
     if method is None:
         raise ValueError(f"rank_by={_name(rank_by)}: without a method nothing is dropped; leave rank_by out")
@@ -57,7 +58,9 @@ def reference_for(model: HFModule, rank_by: Any, method: PruningMethod | None) -
     other = unwrapped(rank_by)
     if other is model:
         raise ValueError("rank_by is the model itself; leave it out")
-    _state_of(other, method)
+    theirs = _state_of(other, method).family
+    if theirs.title != family.title:
+        raise ValueError(f"rank_by is a {theirs.title}, but the model a {family.title}; use a model of the same family")
     return RankBy(other)
 
 
@@ -86,8 +89,9 @@ def selections(state: State, base: HFModule, call: Call, inputs: Mapping[str, An
     if not has_pixels:
         if encoded:
             raise ValueError(
-                "rank_by: generate encodes the images itself here, so the reference does not see them; use "
-                "use_cache=True, and num_return_sequences=1 and num_beams=1 for prompts with videos"
+                "rank_by: generate encoded the images before this pass, so the reference cannot see them. Generate "
+                "with a cache (use_cache=True; with gradient checkpointing, call model.eval() first), and if several "
+                "sequences or beams of a prompt cannot share a prefill (for example with videos), with one sequence"
             )
         return None
     cache = inputs.get("past_key_values")
@@ -101,15 +105,30 @@ def selections(state: State, base: HFModule, call: Call, inputs: Mapping[str, An
     reference, method = state.rank_by.model(), state.method
     assert method is not None, "rank_by is rejected without a method"
     if reference is not None:
-        with torch.no_grad(), _state_of(reference, method).selecting(call, state.running.prompt_width) as selects:
+        theirs = _state_of(reference, method)
+        with _evaluating(reference), theirs.selecting(call, state.running.prompt_width) as selects:
             reference(**passed, use_cache=False, logits_to_keep=1)
         return _replayable(selects, method)
     with _reference_adapter(base) as is_policy:
         if not is_policy:
             return None
-        with torch.no_grad(), state.selecting(call, state.running.prompt_width) as selects:
+        with _evaluating(base), state.selecting(call, state.running.prompt_width) as selects:
             base(**passed, use_cache=False)
         return _replayable(selects, method)
+
+
+@contextmanager
+def _evaluating(model: HFModule) -> Iterator[None]:
+    """Without gradients, dropout and activation checkpointing."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _replayable(call: Call, method: PruningMethod) -> tuple[Selection, ...] | None:
@@ -119,20 +138,6 @@ def _replayable(call: Call, method: PruningMethod) -> tuple[Selection, ...] | No
             f"rank_by: {method.name} merges tokens, which is not supported; use a method that only drops them"
         )
     return call.selections
-
-
-def prompt_selections(
-    model: HFModule, state: State, inputs: Mapping[str, Any], sequences: int
-) -> tuple[Selection, ...] | None:
-    """:func:`selections` for the prefill of ``generate``, whose images are later passed as features. ``inputs`` are the
-    arguments of ``generate``, which makes ``sequences`` rows of each."""
-    shared = state.running.shared
-    if state.rank_by is None or (shared is None and sequences > 1):
-        return None
-    rows = dict(inputs) if shared is None else shared.select(dict(inputs))
-    if rows.get("inputs") is not None:
-        rows["input_ids"] = rows["inputs"]
-    return selections(state, model.get_submodule(state.family.base), Call(rows["input_ids"]), rows)
 
 
 def _state_of(reference: HFModule, method: PruningMethod | None) -> State:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.qwen import PatchGrids, TowerShape, frame_lengths, tower_inputs, window_lengths
-from vtprune_train.models.forward.attention import FUNCTIONS, dense_function
+from vtprune_train.models.forward.attention import FUNCTIONS, dense_function, in_mixed_precision
 from vtprune_train.models.forward.calls import State, by_name
 from vtprune_train.models.forward.rotary import full_frequencies
 
@@ -150,7 +150,11 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         q_NHD, k_NHD, v_NHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         lengths = segments.within(cu_seq_lens_q)
         out_NHD = function(
-            q_NHD, k_NHD, v_NHD, cu_seq_lens_q=cu_seq_lens_q, segment_lengths=lengths, causal=False, **kwargs
+            *in_mixed_precision(q_NHD, k_NHD, v_NHD),
+            cu_seq_lens_q=cu_seq_lens_q,
+            segment_lengths=lengths,
+            causal=False,
+            **kwargs,
         )
         return out_NHD.unsqueeze(0), None
 
