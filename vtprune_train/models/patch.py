@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
@@ -31,6 +32,7 @@ from vtprune_train.models.forward.attention import OWNED, attention_name, dense_
 from vtprune_train.models.forward.backend import decoder_backend, tower_backend
 from vtprune_train.models.forward.calls import STATE, RankBy, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.forward.head import supervised_loss
 from vtprune_train.models.forward.linear_attention import MIXER
 from vtprune_train.models.forward.reference import reference_for
 from vtprune_train.models.forward.rotary import full_frequencies
@@ -276,6 +278,8 @@ def unprune(model: Model) -> Model:
                 del module.__dict__[attribute]
                 if original is not None:
                     setattr(module, attribute, original)
+    if inner.__dict__.get("_loss_function") is supervised_loss:
+        del inner.__dict__["_loss_function"]
     for key in [key for key, hook in inner._forward_pre_hooks.items() if hook is modules.open_call]:
         inner._forward_pre_hooks.pop(key)
         inner._forward_pre_hooks_with_kwargs.pop(key)
@@ -356,6 +360,8 @@ def _install(model: HFModule, state: State) -> None:
         module = model.get_submodule(name)
         module.__dict__[STATE] = state
         module.__dict__.setdefault(_REPLACED, {})[attribute] = _replace(module, attribute, function)
+    if model.loss_function is ForCausalLMLoss:  # not one of the user's
+        model.loss_function = supervised_loss
     model.register_forward_pre_hook(modules.open_call, prepend=True, with_kwargs=True)
     model.register_forward_hook(modules.close_call, always_call=True)
     text_model = model.get_submodule(family.decoder)

@@ -358,8 +358,8 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def in_mixed_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast queries and keys, which the rotary embedding leaves in float32 under autocast, for kernels that autocast does
-    not know."""
+    """Cast queries and keys, which the rotary embedding leaves in float32 under autocast, for kernels that autocast
+    does not know."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

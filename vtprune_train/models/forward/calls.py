@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,9 @@ class Call:
         videos: the videos, likewise.
         positions: [3, B, L] M-RoPE position ids, starting at 0 in each row of this call, if the family computes them.
         encoder: vision-tower signals of the visual tokens; recorded if the method needs them.
+        host_labels: [B, L] int64, ``labels`` without those of visual tokens, on the host; recorded by the decoder.
+        supervised: [R] int64, indices into the flattened rows of those whose next token is supervised; likewise.
+        whole_head: the head is sharded on its own, so only its own output can be used in the loss.
         selects: run up to the last drop point only, to fill ``selections``; for the reference of another model.
         selections: the selection at each drop point: an input of the decoder (``None``: the method selects), or its
             output if ``selects``.
@@ -70,6 +74,9 @@ class Call:
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
     encoder: EncoderSignals | None = None
+    host_labels: np.ndarray | None = None
+    supervised: Tensor | None = None
+    whole_head: bool = False
     selects: bool = False
     selections: tuple[Selection, ...] | None = None
     kept_rows: tuple[Tensor, ...] = ()

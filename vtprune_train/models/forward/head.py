@@ -1,4 +1,5 @@
-"""Chunked LM head and loss over the supervised rows: the full logits are never materialized.
+"""LM head and loss over the supervised rows: chunked for packed batches, whose full logits are never materialized, and
+for padded rows without a gradient of the full logits.
 
 Shape suffixes: R supervised rows, C hidden size, N vocabulary.
 """
@@ -10,8 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
+from vtprune_train.core.stream import IGNORE
+
+SUPERVISED = "_vtprune_supervised"  # attribute of logits: their supervised rows, and the logits of these with gradients
 CHUNK_LOGITS = 2**25  # number of logits per chunk: 128 MiB in float32
 # Larger chunks for a large vocabulary: each chunk reads and writes the whole weight gradient, so with few rows per
 # chunk memory traffic would dominate.
@@ -52,6 +57,36 @@ def chunked_loss(
     rows = chunk_rows or default_chunk_rows(weight_NC.shape[0], teaching is not None)
     # Check here whether gradients are needed, because grad mode is always off inside autograd.Function.forward.
     return _ChunkedLoss.apply(hidden_RC, weight_NC, bias_N, targets_R, teaching, rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+
+def with_supervised(head: nn.Linear, logits_BLN: Tensor, hidden_BLC: Tensor, rows_R: Tensor) -> Tensor:
+    """Attach the logits of the rows that predict a supervised token, for :func:`supervised_loss`. Nothing else is
+    changed: a loss on ``logits_BLN`` itself still has its gradients."""
+    if type(head) is nn.Linear and not hasattr(head.weight, "ds_id"):  # ZeRO-3 gathers the weight for its own outputs
+        of_rows = F.linear(hidden_BLC.flatten(0, 1).index_select(0, rows_R), head.weight, head.bias)
+        setattr(logits_BLN, SUPERVISED, (rows_R, of_rows))
+    return logits_BLN
+
+
+def supervised_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' loss of causal language models, computed from the supervised rows alone if they are attached: most
+    rows of a batch with images are not supervised, and their softmax and gradients would be computed only to be
+    multiplied by zero."""
+    rows, of_rows = getattr(logits, SUPERVISED, (None, None))
+    if rows is None or of_rows is None or shift_labels is not None or ignore_index != IGNORE:
+        return ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )  # fmt: skip
+    targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].flatten().to(rows.device).index_select(0, rows)
+    return fixed_cross_entropy(of_rows.float(), targets, num_items_in_batch, ignore_index, **kwargs)
 
 
 def default_chunk_rows(vocab: int, taught: bool = False) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Cache
 
 from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan
@@ -15,7 +16,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.forward import packed, padded
 from vtprune_train.models.forward.backend import choose_again
 from vtprune_train.models.forward.calls import State, by_name, state_of
-from vtprune_train.models.forward.head import chunked_loss
+from vtprune_train.models.forward.head import chunked_loss, with_supervised
 from vtprune_train.models.forward.images import note_images, note_videos
 from vtprune_train.models.forward.reference import selections
 from vtprune_train.models.forward.rotary import full_frequencies
@@ -57,7 +58,9 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
             "the model)"
         )
     repeats, state.running.repeats = state.running.repeats, None
-    with state.calling(input_ids, labels):
+    with state.calling(input_ids, labels) as call:
+        if call is not None:
+            call.whole_head = isinstance(self.lm_head, FullyShardedDataParallel)
         output = original(**inputs)
     return output if repeats is None else repeat_rows(output, repeats)
 
@@ -107,7 +110,12 @@ def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *a
     if len(args) > 1:
         hidden, targets, teaching = args
         return chunked_loss(hidden, self.weight, self.bias, targets, teaching)
-    return original(*args, **kwargs)
+    logits, call = original(*args, **kwargs), state.running.call
+    if call is None or call.labels is None or call.supervised is None or call.whole_head:
+        return logits
+    if not args or logits.shape[:-1] != call.labels.shape:  # logits_to_keep
+        return logits
+    return with_supervised(self, logits, args[0], call.supervised)
 
 
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:

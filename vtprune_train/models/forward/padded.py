@@ -175,8 +175,9 @@ def _run_rows(
     planned = plan_pass(call.segments, len(text_model.layers), state.method)
     three_parts = state.family.three_part_positions is not None
     staging = plan_staging(planned, state.method, len(call.segments), cache, device, three_parts)
-    plan, token_rows, visual_rows = to_device(
-        (planned, np.flatnonzero(rows.ravel()), _visual_rows(call.segments)), device
+    supervised = None if call.host_labels is None else np.flatnonzero(_next_column(call.host_labels) != IGNORE)
+    plan, token_rows, visual_rows, call.supervised = to_device(
+        (planned, np.flatnonzero(rows.ravel()), _visual_rows(call.segments), supervised), device
     )
     if position_ids is not None and state.running.prompt_width is None:
         continues = bool(cache is not None and cache.get_seq_length())
@@ -386,6 +387,11 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
     return real
 
 
+def _next_column(labels: np.ndarray) -> np.ndarray:
+    """[B, L]: the label that each column predicts."""
+    return np.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORE)[:, 1:]
+
+
 def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
     """Build the layout of every row: images, videos, query rows and supervised tokens. Columns from ``said_from`` on
     were generated and are treated as text regardless of their ids."""
@@ -421,6 +427,7 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
     for what, given, left in (("images", call.images, images), ("videos", call.videos, videos)):
         if left:
             raise ValueError(f"got {len(given)} {what}, but input_ids hold the tokens of {len(given) - len(left)}")
+    call.host_labels = all_labels
     return segments
 
 
