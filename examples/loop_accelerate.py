@@ -3,6 +3,9 @@
 python examples/loop_accelerate.py
 """
 
+from contextlib import nullcontext
+
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from finetune_with_trainer import Collator
 from tiny import draw_samples, tiny_llava_next
@@ -19,10 +22,14 @@ model, optimizer = accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3)
 for epoch in range(3):
     loader.set_epoch(epoch)
     for step in loader:
-        for batch in step["micro_batches"]:
+        batches, total = step["micro_batches"], torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(batches, start=1):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            loss = model(**batch, num_items_in_batch=step["num_items_in_batch"]).loss
-            accelerator.backward(loss * accelerator.num_processes)
+            is_last = number == len(batches)
+            with nullcontext() if is_last else accelerator.no_sync(model):  # reduce gradients once in a step
+                loss = model(**batch, num_items_in_batch=step["num_items_in_batch"]).loss
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"epoch {epoch}: last loss {loss.item():.3f}")
+    accelerator.print(f"epoch {epoch}: last loss {accelerator.reduce(total).item():.3f}")

@@ -1,12 +1,13 @@
-"""Faster training and inference of vision-language models: visual tokens are dropped inside the forward pass.
+"""Faster training and inference of vision-language models: without padding, and with fewer visual tokens.
 
-Prune a model, then train it or generate with it as before::
+Pack or prune a model, then train it or generate with it as before::
 
-    from vtprune_train import PyramidDrop, prune, unprune
+    from vtprune_train import PyramidDrop, pack, prune, unprune
 
-    prune(model, PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125)))
-    model.generate(**inputs)
+    pack(model)  # computes no padding; the result stays the same
     unprune(model)
+    prune(model, PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125)))  # drops visual tokens as well
+    model.generate(**inputs)
 
 Functions: :func:`pack`, :func:`prune`, :func:`unprune`, :func:`batch_by_tokens`, :func:`dense`, :func:`is_pruned`,
 :func:`kept_tokens`, :func:`show`, :func:`register_family`. Methods: :class:`PyramidDrop`, :class:`SparseVLM`, ...

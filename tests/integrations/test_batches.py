@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from tests.support.families import FAMILIES, family_model
-from tests.support.trainer_runs import HALF, SAMPLES, Collate, sample, trainer
+from tests.support.trainer_runs import HALF, SAMPLES, Collate, CollateVideos, sample, trainer
 from vtprune_train import batch_by_tokens, pack, prune
 from vtprune_train.data.trainer_batches import Lengths, StepLoader, StepSampler, measure_lengths
 
@@ -56,6 +56,19 @@ def test_batches_by_tokens_change_no_loss(tmp_path, family, variant):
     seen = [sorted(itertools.chain.from_iterable(made.passes)) for made in (plain, by_tokens)]
     assert seen[0] == seen[1]
     assert len(by_tokens.passes) < len(seen[0])
+
+
+@pytest.mark.parametrize("variant", ["pack", "prune"])
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen2_5_vl"])
+def test_videos(tmp_path, family, variant):
+    videos = {"collate": CollateVideos(family), "rows": list(range(SAMPLES)), "steps": 10}
+    whole = {**videos, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    plain, by_tokens = (trained(name, tmp_path / name, family, **whole) for name in (variant, f"{variant}_tokens"))
+    assert np.allclose(by_tokens.losses, plain.losses, atol=2e-4)
+    assert len(by_tokens.losses) == 10 and len(set(map(len, by_tokens.passes))) > 1
+    if variant == "pack":
+        padded = trained("padded", tmp_path / "padded", family, **whole)
+        assert np.allclose(plain.losses, padded.losses, rtol=1e-4)
 
 
 def test_resume_in_the_middle_of_an_epoch(tmp_path):

@@ -60,4 +60,4 @@ def test_loop_with_accelerate(tmp_path, ranks):
     torchrun = (str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks))
     out = run("loop_accelerate.py", tmp_path, launcher=torchrun if ranks > 1 else (sys.executable,))
     losses = [float(loss) for loss in re.findall(r"last loss ([0-9.]+)", out)]
-    assert len(losses) == 3 * ranks and losses[-1] < losses[0]
+    assert len(losses) == 3 and losses[-1] < losses[0]

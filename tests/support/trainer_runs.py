@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tests.support.families import family_inputs, family_model
+from tests.support.video_inputs import video_inputs
 from vtprune_train import PyramidDrop, pack, prune
 from vtprune_train.data.trainer_batches import batch_by_tokens
 
@@ -47,6 +48,37 @@ class Collate:
         return {**batch, "labels": labels}
 
 
+class CollateVideos:
+    """Padded batches of conversations with one video or none, whose last words are supervised."""
+
+    def __init__(self, family: str):
+        self.family = family
+
+    def __call__(self, numbers: list[int]) -> dict[str, Tensor]:
+        texts = [self._text(number) for number in numbers]
+        batch = video_inputs(self.family, texts, side="right")
+        alone = [video_inputs(self.family, [text], seed=number) for number, text in zip(numbers, texts, strict=True)]
+        if "pixel_values_videos" in batch:
+            videos = [inputs["pixel_values_videos"] for inputs in alone if "pixel_values_videos" in inputs]
+            batch["pixel_values_videos"] = torch.cat(videos)
+        if "second_per_grid_ts" in batch:
+            batch["second_per_grid_ts"] = [1.0] * len(batch["second_per_grid_ts"])
+        labels = batch["input_ids"].clone()
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            labels[row, : length - 3] = -100
+            labels[row, length:] = -100
+        return {**batch, "labels": labels}
+
+    def _text(self, number: int) -> list[str | tuple[int, int, int]]:
+        grid = (4, 4, 4) if self.family.startswith("llava") else (2 + number % 3, 4, 4 + 2 * (number % 2))
+        video = [grid] if number % 4 else []
+        return [
+            "user : what is shown ?",
+            *video,
+            "here " * (number % 5) + "assistant : " + " ".join(ANSWERS[number % 4]),
+        ]
+
+
 class Losses(Trainer):
     """transformers' Trainer, unchanged but for keeping what it logs, and the samples of each pass."""
 
@@ -70,6 +102,8 @@ def trainer(variant: str, folder: Path, family: str = "llava_next", steps: int =
     max_tokens = settings.pop("max_tokens", 400)
     lengths = settings.pop("lengths", None)
     text_only = settings.pop("text_only", True)
+    collate = settings.pop("collate", None) or Collate(family)
+    rows = settings.pop("rows", None) or [sample(number, text_only) for number in range(SAMPLES)]
     set_seed(0)
     model = family_model(family)
     if variant != "padded":
@@ -81,8 +115,7 @@ def trainer(variant: str, folder: Path, family: str = "llava_next", steps: int =
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": 0,
         "remove_unused_columns": False, "disable_tqdm": True, **settings,
     })  # fmt: skip
-    rows = [sample(number, text_only) for number in range(SAMPLES)]
-    made = Losses(model=model, args=arguments, train_dataset=rows, data_collator=Collate(family))
+    made = Losses(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     if variant.endswith("_tokens"):
         batch_by_tokens(made, max_tokens, lengths=lengths)
     return made

@@ -6,7 +6,7 @@
 
 ``python -m`` prints the path of this file. :mod:`vtprune_train.integrations.variable` lists the values of ``VTPRUNE``.
 
-The plug-in replaces two functions of ms-swift: ``ModelLoader.load``, to pack or prune each model that is loaded, and
+The plug-in replaces two functions of ms-swift: ``ModelLoader.load``, to pack or prune each model that generates, and
 ``Template.pre_forward_hook``, which for some families (Qwen2-VL, Qwen2.5-VL) replaces a batch's token ids and pixels by
 embeddings. A packed model needs the ids to find the images, and computes the embeddings itself.
 """
@@ -36,7 +36,8 @@ def _loading(load: Any) -> Any:
     @functools.wraps(load)
     def load_and_apply(self: Any) -> Any:
         model, processor = load(self)
-        if model is not None and not self.return_dummy_model:
+        generates = self.model_info.task_type == "causal_lm"  # not a reward model, for example
+        if model is not None and generates and not self.return_dummy_model:
             apply(model)
         return model, processor
 

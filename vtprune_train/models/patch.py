@@ -61,12 +61,16 @@ def prune(
     rank_by: str | nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation.
+    """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation. It also computes
+    no padding, as after :func:`pack`::
 
-    ``model(**processor(...))`` and ``model.generate(**processor(...))`` accept the same inputs as before (see
-    :func:`vtprune_train.models.forward.padded.forward_text` for the values at dropped positions). For families that the
-    project trains, ``model(batch)`` also accepts a :class:`~vtprune_train.core.stream.PackedBatch`. The settings are
-    stored in ``model.config.pruning``, so ``save_pretrained`` saves them.
+        prune(model, PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125)))
+        model(**processor(images=images, text=texts, return_tensors="pt", padding=True), labels=labels).loss.backward()
+
+    Inputs and the shapes of outputs stay the same; positions of dropped tokens repeat the nearest kept position to
+    their left. For families that the project trains, ``model(batch)`` also accepts a
+    :class:`~vtprune_train.core.stream.PackedBatch`. The settings are stored in ``model.config.pruning``, so
+    ``save_pretrained`` saves them.
 
     Args:
         model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
@@ -78,10 +82,10 @@ def prune(
         attention: ``auto`` (selected for the model's device and dtype, and again if a trainer moves or casts the
             model), a backend of :mod:`vtprune_train.models.forward.attention`, or the path of a function (see
             :func:`vtprune_train.models.forward.attention.user_function`).
-        rank_by: whose weights select the kept tokens: by default the model's own; ``"reference"``, those of the
-            reference model that TRL loads or, with PEFT, of the model without its adapters; or those of another model,
-            pruned by the same method. The other model runs up to its last drop point before each pass with images. Not
-            saved with the model, and a deep copy ranks by itself.
+        rank_by: the model whose weights select the kept tokens. ``None``: this model. ``"reference"``: the reference
+            model that TRL loads or, with PEFT, this model without its adapters. A model: that one, pruned by the same
+            method. The other model runs up to its last drop point before each pass with images. Not saved with the
+            model, and a deep copy ranks by itself.
         trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
