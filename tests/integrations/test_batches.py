@@ -221,6 +221,11 @@ def test_wrong_use(packed, tmp_path):
     assert isinstance(made, Trainer)
     with pytest.raises(ValueError, match="max_tokens=0 must be a positive whole number"):
         batch_by_tokens(trainer("pack", tmp_path), 0)
+    with pytest.raises(ValueError, match="auto_find_batch_size=True would change the number of samples"):
+        batch_by_tokens(trainer("pack", tmp_path, auto_find_batch_size=True), 400)
+    (tmp_path / "lengths.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match=r"lengths\.npz does not hold lengths .* delete it"):
+        trainer("pack_tokens", tmp_path, lengths=tmp_path / "lengths.npz").train()
     with pytest.raises(ValueError, match="without 'input_ids' \\(list\\)"):  # as TRL's GRPO collates
         measure_lengths(packed, ROWS, lambda rows: rows)
 

@@ -197,3 +197,22 @@ def test_factory_joined_rows(folder, family):
         pytest.skip("joined rows are tested with one family, to save time")
     command = factory(folder, family, "joined", packing=True, neat_packing=True)
     assert "attention_mask must be [rows, length]" in output_of(start(command, folder), succeeds=False)
+
+
+@needs_factory
+@pytest.mark.parametrize("name", ["USE_V1", "USE_RAY", "USE_MCA"])
+def test_factory_refuses_what_would_train_the_unchanged_model(name, monkeypatch):
+    from vtprune_train.integrations import llama_factory
+
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"{name}=1: the model would not be packed or pruned"):
+        llama_factory.main()
+
+
+@needs_factory
+def test_factory_refuses_its_web_interface(monkeypatch):
+    from vtprune_train.integrations import llama_factory
+
+    monkeypatch.setattr(sys, "argv", ["llama_factory", "webui"])
+    with pytest.raises(ValueError, match="webui starts llamafactory-cli"):
+        llama_factory.main()

@@ -50,8 +50,8 @@ def main() -> None:
     for name, reason in NOT_SUPPORTED.items():
         if is_env_enabled(name):
             raise ValueError(f"{name}=1: the model would not be packed or pruned, as {reason}; unset it")
-    if sys.argv[1:2] in (["webui"], ["webchat"]):
-        raise ValueError(f"{sys.argv[1]} starts llamafactory-cli, which does not pack or prune; use train config.yaml")
+    if sys.argv[1:2] == ["webui"]:
+        raise ValueError("webui starts llamafactory-cli, which does not pack or prune; use train config.yaml")
     install()
     if "LOCAL_RANK" in os.environ:  # started by the launcher's torchrun, which passes on the settings alone
         from llamafactory.train.tuner import run_exp
