@@ -70,7 +70,8 @@ def test_a_race_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(race.ROWS, "ms_swift", "a_package_that_nobody_has")
     rows = "trainer_padded,ms_swift,trainer_pack,trainer_prune,loop_prune"
     files = ["--json", str(tmp_path / "new" / "race.json"), "--plot", str(tmp_path / "race.png")]
-    settings = ["--geometry", "tiny", "--steps", "2", "--repeats", "1", "--global_batch", "4", "--only", rows]
+    batch = ["--global_batch", "2", "--micro_batch", "2"]
+    settings = ["--geometry", "tiny", "--steps", "2", "--repeats", "1", *batch, "--only", rows]
     assert race.main([*settings, *files]) == 0
     report = json.loads((tmp_path / "new" / "race.json").read_text())
     by_name = {row["name"]: row for row in report["rows"]}
@@ -83,7 +84,7 @@ def test_a_race_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert losses["loop_prune"] == pytest.approx(losses["trainer_prune"], abs=1e-4), "same samples, same drops"
     assert losses["trainer_prune"] != pytest.approx(losses["trainer_pack"], abs=1e-4), "something is dropped"
     assert list(report["left_out"]) == ["ms_swift"]
-    assert (report["geometry"], report["steps"], len(report["sample_tokens"])) == ("tiny", 2, 8)
+    assert (report["geometry"], report["steps"], len(report["sample_tokens"])) == ("tiny", 2, 4)
     assert "ms_swift: left out" in capsys.readouterr().out
     assert (tmp_path / "race.png").stat().st_size > 10_000
 

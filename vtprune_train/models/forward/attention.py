@@ -360,10 +360,15 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 def in_mixed_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast queries and keys, which the rotary embedding leaves in float32 under autocast, for kernels that autocast
     does not know."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on ``device``; ``None`` if it is off."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def attention_name(backend: str, dense: str = "sdpa") -> str:

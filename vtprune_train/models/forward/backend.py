@@ -7,7 +7,13 @@ from torch import nn
 
 from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
-from vtprune_train.models.forward.attention import PREFIX, attention_name, choose_backend, unavailable_because
+from vtprune_train.models.forward.attention import (
+    PREFIX,
+    attention_name,
+    autocast_dtype,
+    choose_backend,
+    unavailable_because,
+)
 from vtprune_train.models.forward.calls import State
 from vtprune_train.models.forward.linear_attention import layers_that_attend
 from vtprune_train.models.forward.tower_attention import TOWER_PREFIX, towers
@@ -39,9 +45,8 @@ def choose_again(base: HFModule, state: State, device: torch.device) -> None:
     precision computes in another dtype than that of the weights."""
     if state.chosen_for is None:
         return
-    kind = device.type
-    is_mixed = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if is_mixed else base.get_input_embeddings().weight.dtype
+    kind, mixed = device.type, autocast_dtype(device)
+    dtype = mixed or base.get_input_embeddings().weight.dtype
     text_config = base.language_model.config
     if state.chosen_for == (kind, dtype) or not str(text_config._attn_implementation).startswith(PREFIX):
         return
@@ -50,6 +55,6 @@ def choose_again(base: HFModule, state: State, device: torch.device) -> None:
     text_config._attn_implementation = attention_name(state.backend, state.attention)
     if state.family.tower is not None:
         module = base.get_submodule(state.family.tower.removeprefix(f"{state.family.base}."))
-        state.tower_backend = tower_backend(module, state.backend, dtype if is_mixed else None)
+        state.tower_backend = tower_backend(module, state.backend, mixed)
         for tower in towers(module).values():
             tower.config._attn_implementation = TOWER_PREFIX + state.tower_backend

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 from vtprune_train.core.stream import IGNORE
+from vtprune_train.models.forward.sharding import partitions_weight
 
 SUPERVISED = "_vtprune_supervised"  # attribute of logits: their supervised rows, and the logits of these with gradients
 CHUNK_LOGITS = 2**25  # number of logits per chunk: 128 MiB in float32
@@ -62,7 +63,7 @@ def chunked_loss(
 def with_supervised(head: nn.Linear, logits_BLN: Tensor, hidden_BLC: Tensor, rows_R: Tensor) -> Tensor:
     """Attach the logits of the rows that predict a supervised token, for :func:`supervised_loss`. Nothing else is
     changed: a loss on ``logits_BLN`` itself still has its gradients."""
-    if type(head) is nn.Linear and not hasattr(head.weight, "ds_id"):  # ZeRO-3 gathers the weight for its own outputs
+    if type(head) is nn.Linear and not partitions_weight(head):
         of_rows = F.linear(hidden_BLC.flatten(0, 1).index_select(0, rows_R), head.weight, head.bias)
         setattr(logits_BLN, SUPERVISED, (rows_R, of_rows))
     return logits_BLN

@@ -76,6 +76,11 @@ def gathers_submodules(module: nn.Module) -> bool:
     return any(isinstance(part, units) for part in module.modules() if part is not module)
 
 
+def partitions_weight(module: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers the module's weight for its own output, which a loss must then use."""
+    return hasattr(module.weight, "ds_id")
+
+
 def restore_forward(module: nn.Module) -> None:
     """Undo what :func:`call_inside` did to a module."""
     if _FORWARD in module.__dict__:
