@@ -210,6 +210,10 @@ def test_wrong_use(packed, tmp_path):
         StepLoader(packed, ROWS, collate, batch_size=4, max_tokens=400, lengths=lengths)
     with pytest.raises(ValueError, match="without 'labels'"):
         measure_lengths(packed, ROWS, lambda rows: {"input_ids": torch.zeros(1, 3, dtype=torch.long)})
+    with pytest.raises(ValueError, match="LlavaNextForConditionalGeneration is not a transformers Trainer"):
+        batch_by_tokens(packed, 400)
+    with pytest.raises(ValueError, match="'llava' is not a model; load it with from_pretrained"):
+        pack("llava")
     with pytest.raises(ValueError, match="has no length"):
         StepLoader(packed, iter(ROWS), collate, batch_size=4, max_tokens=400)
     with pytest.raises(ValueError, match=r"call pack\(model\)"):

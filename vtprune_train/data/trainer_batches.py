@@ -429,6 +429,11 @@ def batch_by_tokens(trainer: Trainer, max_tokens: int, *, lengths: Lengths | str
     Not supported: DataParallel; tensor, context and sequence parallelism; ``auto_find_batch_size``; on several ranks,
     ``average_tokens_across_devices=False``.
     """
+    if not hasattr(trainer, "get_train_dataloader"):
+        raise ValueError(
+            f"{type(trainer).__name__} is not a transformers Trainer; pass the trainer that holds the model, or use "
+            "StepLoader in a loop of your own"
+        )
     arguments = trainer.args
     if MICRO_BATCHES in trainer.__dict__:
         raise ValueError("this trainer forms its micro-batches by tokens already")

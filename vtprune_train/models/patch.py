@@ -96,6 +96,8 @@ def prune(
             saved in the checkpoint, the method does not fit the number of layers, or it cannot be used with
             ``rank_by``.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{model!r} is not a model; load it with from_pretrained, and pass the result")
     inner = unwrapped(model)
     family = family_of(inner)
     if STATE in inner.__dict__:
