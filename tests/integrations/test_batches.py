@@ -100,6 +100,7 @@ def test_two_ranks(tmp_path):
     assert np.allclose(ranks[0]["losses"], one.losses, atol=1e-3)
     assert len(ranks[0]["passes"]) == len(ranks[1]["passes"])
     assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert len(Lengths.load(tmp_path / "lengths.npz")) == SAMPLES
     again = on_two_ranks(tmp_path / "again", "pack_tokens", "9", tmp_path / "two" / "checkpoint-3")
     assert again[0]["losses"] == pytest.approx(ranks[0]["losses"][3:], abs=1e-6)
     assert again[0]["weights"] == pytest.approx(ranks[0]["weights"], abs=1e-6)

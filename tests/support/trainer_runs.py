@@ -131,7 +131,8 @@ def main() -> None:
             "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         }  # fmt: skip
-    made = trainer(variant, Path(folder), steps=int(steps), ranks=2, **settings)
+    lengths = Path(folder).parent / "lengths.npz"  # written by the first run of a test, and read by the next
+    made = trainer(variant, Path(folder), steps=int(steps), ranks=2, lengths=lengths, **settings)
     made.train(resume_from_checkpoint=resume[0] if resume else None)
     weights = {name: float(tensor.double().sum()) for name, tensor in made.model.state_dict().items()}
     out = {"losses": made.losses, "passes": made.passes, "weights": weights}

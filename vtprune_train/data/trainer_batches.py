@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
@@ -544,7 +543,8 @@ def _stored(
         return lengths
     path, arguments = Path(lengths), trainer.args
     stored: list[Lengths | None] = [Lengths.load(path) if arguments.process_index == 0 and path.exists() else None]
-    broadcast_object_list(stored)  # nodes may not share the file
+    if arguments.world_size > 1:  # nodes may not share the file
+        torch.distributed.broadcast_object_list(stored)
     if stored[0] is not None:
         return stored[0]
     measured = measure_lengths(

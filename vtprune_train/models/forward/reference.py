@@ -26,16 +26,8 @@ from vtprune_train.pruning.learned import learns
 REFERENCE = "reference"
 TRL_ADAPTER = "ref"  # a copy of a loaded adapter, which TRL uses as the reference
 PIXELS = ("pixel_values", "pixel_values_videos")
-# Arguments of the policy's pass that the reference, which has no cache and computes no logits, does not get.
-OWN = (
-    "past_key_values",
-    "use_cache",
-    "inputs_embeds",
-    "logits_to_keep",
-    "labels",
-    "mm_encoder_outputs",
-    "cache_position",
-)
+# Arguments of the policy's pass that the reference, which has no cache, does not get.
+OWN = ("past_key_values", "use_cache", "inputs_embeds", "mm_encoder_outputs", "cache_position")
 
 
 def reference_for(model: HFModule, family: Family, rank_by: Any, method: PruningMethod | None) -> RankBy:
