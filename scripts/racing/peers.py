@@ -16,7 +16,7 @@ import torch
 
 from racing.recorder import Recorder
 from racing.setup import Setup
-from racing.trainers import Measure, ordered_samples
+from racing.trainers import Measure, ordered_samples, shared_settings
 from vtprune_train.training.loop.metrics import device_peak_flops
 
 TEMPLATE = "race"
@@ -41,24 +41,6 @@ def write_conversations(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"race": entry}))
 
 
-def shared_settings(setup: Setup) -> dict[str, Any]:
-    return {
-        "max_steps": setup.steps,
-        "per_device_train_batch_size": setup.micro_batch,
-        "gradient_accumulation_steps": setup.global_batch // setup.micro_batch,
-        "learning_rate": setup.learning_rate,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": setup.clip,
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "use_cpu": setup.device == "cpu",
-        "bf16": setup.device != "cpu",
-        "seed": setup.seed,
-    }
-
-
 def run_llamafactory(setup: Setup, recorder: Recorder, folder: Path) -> dict[str, Any]:
     from llamafactory.data.formatter import EmptyFormatter, StringFormatter
     from llamafactory.data.mm_plugin import get_mm_plugin
@@ -74,6 +56,8 @@ def run_llamafactory(setup: Setup, recorder: Recorder, folder: Path) -> dict[str
     )
     settings = {
         **shared_settings(setup),
+        "bf16": setup.device != "cpu",
+        "seed": setup.seed,
         "stage": "sft",
         "finetuning_type": "full",
         "freeze_vision_tower": False,
@@ -129,6 +113,8 @@ def run_ms_swift(setup: Setup, recorder: Recorder, folder: Path) -> dict[str, An
     callbacks_map[TEMPLATE] = lambda *_: Measure(recorder)
     settings = {
         **shared_settings(setup),
+        "bf16": setup.device != "cpu",
+        "seed": setup.seed,
         "tuner_type": "full",
         "freeze_vit": False,
         "freeze_aligner": False,

@@ -92,9 +92,9 @@ def dataset_of(setup: Setup) -> datasets.Dataset:
     return columns.cast_column("images", datasets.List(datasets.Image()))
 
 
-def settings_of(name: str, setup: Setup) -> dict[str, Any]:
-    """Arguments of the trainer, without paths."""
-    settings = {
+def shared_settings(setup: Setup) -> dict[str, Any]:
+    """Arguments of every trainer, and of the frameworks built on transformers' Trainer."""
+    return {
         "max_steps": setup.steps,
         "per_device_train_batch_size": setup.micro_batch,
         "gradient_accumulation_steps": setup.global_batch // setup.micro_batch,
@@ -104,9 +104,16 @@ def settings_of(name: str, setup: Setup) -> dict[str, Any]:
         "max_grad_norm": setup.clip,
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": False,
-        "train_sampling_strategy": "group_by_length" if name == "trainer_length_grouped" else "sequential",
         "dataloader_num_workers": 0,
         "use_cpu": setup.device == "cpu",
+    }
+
+
+def settings_of(name: str, setup: Setup) -> dict[str, Any]:
+    """Arguments of the trainer, without paths."""
+    settings = {
+        **shared_settings(setup),
+        "train_sampling_strategy": "group_by_length" if name == "trainer_length_grouped" else "sequential",
         "bf16": False,  # the weights have the data type already
     }
     if name == "trl_sft":

@@ -2,7 +2,7 @@
 
 ::
 
-    VTPRUNE=pack python -m vtprune_train.integrations.llama_factory train config.yaml
+    VTPRUNE=pack DISABLE_VERSION_CHECK=1 python -m vtprune_train.integrations.llama_factory train config.yaml
 
 The commands and settings are those of ``llamafactory-cli``, and :mod:`vtprune_train.integrations.variable` lists the
 values of ``VTPRUNE``. Each model that LLaMA-Factory loads, including the reference model of DPO and KTO, is packed or
@@ -23,6 +23,12 @@ from llamafactory.model import loader
 
 from vtprune_train.integrations.variable import apply
 
+NOT_SUPPORTED = {
+    "USE_V1": "only the default version 0 of LLaMA-Factory's trainer is supported",
+    "USE_RAY": "Ray starts its workers without this module",
+    "USE_MCA": "Megatron has models of its own",
+}
+
 
 def install() -> None:
     """Pack or prune the models that LLaMA-Factory loads in this process."""
@@ -37,13 +43,6 @@ def _applying(init_adapter: Any) -> Any:
         return init_adapter(config, apply(model), model_args, *args, **kwargs)
 
     return apply_and_init_adapter
-
-
-NOT_SUPPORTED = {
-    "USE_V1": "only the default version 0 of LLaMA-Factory's trainer is supported",
-    "USE_RAY": "Ray starts its workers without this module",
-    "USE_MCA": "Megatron has models of its own",
-}
 
 
 def main() -> None:
