@@ -41,6 +41,7 @@ METHODS: dict[str, str] = {
     "hidrop": "vtprune_train.pruning.methods.hidrop:HiDrop",
     "lvlm_csp": "vtprune_train.pruning.methods.lvlm_csp:LVLMCSP",
     "zipvl": "vtprune_train.pruning.methods.zipvl:ZipVL",
+    "prefix": "vtprune_train.pruning.methods.prefix:Prefix",
     "random": "vtprune_train.pruning.methods.random_tokens:Random",
     "uniform": "vtprune_train.pruning.methods.uniform:Uniform",
     "pool": "vtprune_train.pruning.methods.pool:Pool",

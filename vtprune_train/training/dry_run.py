@@ -43,6 +43,7 @@ from vtprune_train.training.schedules import check_schedule
 log = logging.getLogger(__name__)
 
 WARMUP_POINTS = 64  # number of points at which the cost of a warm-up is sampled
+DRAWN = 200  # steps over which the mean cost of drawn budgets is computed
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
@@ -174,8 +175,9 @@ def _video_lines(
 
 
 def _has_full_steps(config: Config) -> bool:
-    """Whether some steps run on all tokens, or almost all; memory must suffice for them."""
-    return config.pruning.warmup is not None or config.full_token_share > 0
+    """Whether some steps keep more tokens than the method; memory must suffice for them."""
+    varied = (config.pruning.warmup, config.pruning.budgets, config.pruning.curriculum)
+    return any(setting is not None for setting in varied) or config.full_token_share > 0
 
 
 def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> list[str]:
@@ -185,6 +187,17 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
         return []
     size = max(layout.examples(), key=lambda size: layout.tokens([size]))
     share, weight = config.full_token_share, pruning.consistency_weight
+    if pruning.budgets is not None or pruning.curriculum is not None:
+        phases, tokens, tiles = (
+            config.phases(DRAWN, cost.decoder.num_layers),
+            layout.tokens([size]),
+            layout.tiles([size]),
+        )
+        mean = np.mean([_phase_ratio(phases.of(step), tokens, tiles, cost) for step in range(DRAWN)])
+        return [
+            f"mean step at {size[0]} x {size[1]}: {mean:.3f} of dense FLOPs over {DRAWN} steps, including teachers "
+            f"({phases.describe()})"
+        ]
 
     def mean_step(method: PruningMethod | None) -> float:
         if method is None:
@@ -222,7 +235,7 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
 
     flops = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
     if phase.teacher is not None:
-        flops += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
+        flops += cost.forward_text(*lengths(phase.teacher.drops(num_layers)), supervised)[0]
     return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 
