@@ -8,6 +8,7 @@ and after a resume. Host only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ WarmupKind = Literal["dense", "linear", "cosine"]
 # Separate the RNG streams of different draws for the same seed and step.
 FULL_TOKENS = 0x66756C6C
 BUDGET = 0x62756467
+DRAWN = 200  # steps whose mean stands for a run's
 REMEMBERED = 64  # phases kept: the planner, the collator and the metrics ask for the same few steps
 Range = tuple[float, float]
 
@@ -337,6 +339,19 @@ class Phases:
             return []
         drops = self.of(step).drops(num_layers)
         return [drop.keep for drop in drops] or [1.0] * len(self.method.drops(num_layers))
+
+    def mean(self, cost: Callable[[Phase], float]) -> float:
+        """Mean over the steps of a run, without its warm-up, of what ``cost`` returns for a phase. Steps on all tokens
+        count with their share; drawn budgets and keep ratios with a sample of ``DRAWN`` steps."""
+        usual = replace(self, warmup=None, full=FullTokens())
+        if isinstance(usual.varied, Curriculum):
+            usual = replace(usual, varied=replace(usual.varied, total_steps=DRAWN))
+        steps = range(DRAWN if usual.varied is not None else 1)
+        mean = float(np.mean([cost(usual.of(step)) for step in steps]))
+        if not self.full.share:
+            return mean
+        full = replace(self, warmup=None, full=replace(self.full, share=1.0)).of(0)
+        return (1 - self.full.share) * mean + self.full.share * cost(full)
 
     def state(self, step: int, num_layers: int) -> dict[str, Any]:
         """State of the schedule after ``step`` steps, as plain data for checkpoints; empty if the schedule never

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from vtprune_train.pruning.attending import check_attending
 from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
-from vtprune_train.pruning.phases import Phase, Teacher, Warmup
+from vtprune_train.pruning.phases import Phase, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
@@ -43,7 +44,6 @@ from vtprune_train.training.schedules import check_schedule
 log = logging.getLogger(__name__)
 
 WARMUP_POINTS = 64  # number of points at which the cost of a warm-up is sampled
-DRAWN = 200  # steps over which the mean cost of drawn budgets is computed
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
@@ -186,31 +186,19 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
     if not _has_full_steps(config):
         return []
     size = max(layout.examples(), key=lambda size: layout.tokens([size]))
-    share, weight = config.full_token_share, pruning.consistency_weight
-    if pruning.budgets is not None or pruning.curriculum is not None:
-        phases, tokens, tiles = (
-            config.phases(DRAWN, cost.decoder.num_layers),
-            layout.tokens([size]),
-            layout.tiles([size]),
-        )
-        mean = np.mean([_phase_ratio(phases.of(step), tokens, tiles, cost) for step in range(DRAWN)])
-        return [
-            f"mean step at {size[0]} x {size[1]}: {mean:.3f} of dense FLOPs over {DRAWN} steps, including teachers "
-            f"({phases.describe()})"
-        ]
+    tokens, tiles = layout.tokens([size]), layout.tiles([size])
+    phases = config.phases(1, cost.decoder.num_layers)
 
     def mean_step(method: PruningMethod | None) -> float:
-        if method is None:
-            return 1.0
-        teacher = Teacher(method, weight, pruning.consistency_temperature) if weight else None
-        phases = (1 - share, Phase(method)), (share, Phase(None, teacher))
-        return sum(
-            part * _phase_ratio(phase, layout.tokens([size]), layout.tiles([size]), cost) for part, phase in phases
+        return (
+            1.0
+            if method is None
+            else replace(phases, method=method).mean(lambda phase: _phase_ratio(phase, tokens, tiles, cost))
         )
 
     lines = [
-        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, with {share:.3g} of the steps on "
-        "full tokens (including a teacher's pass)"
+        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, with "
+        f"{replace(phases, warmup=None).describe()}; teachers are counted"
     ]
     if pruning.warmup is not None:
         settings = pruning.warmup
