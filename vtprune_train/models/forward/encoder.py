@@ -58,16 +58,18 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
         raise ValueError(f"{method.name}: {error}") from error
 
 
-def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
+def layers_read(config: Any, wanted: Sequence[int | float]) -> list[int]:
     """Resolve ``wanted`` to vision-tower layer indices. Negative indices count back from the layer that feeds the
-    projector (-1); negative indices before the first layer are ignored.
+    projector (-1); negative indices before the first layer are ignored. A float is a share of the depth, from 0.0 (the
+    first layer) to 1.0 (the layer that feeds the projector), rounded half to even.
 
     Raises:
         ValueError: a layer does not exist, or no layer remains.
     """
     depth = config.vision_config.num_hidden_layers
     last = max(feature_states(config)) - 1
-    layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
+    whole = [round(layer * last) if isinstance(layer, float) else layer for layer in wanted]
+    layers = [layer if layer >= 0 else last + 1 + layer for layer in whole]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
             f"the vision tower has no layer {beyond[0]}: it has {depth}, counted from 0; use 0 to {last}, or a "
@@ -86,7 +88,9 @@ class Reading:
     """Captured tensors of one vision-tower run: per layer, queries (only the class token's if it exists and ``asked``
     is ``class``) and keys [P, S, M]; and, if ``wants_features``, the input of the projector [P, S, projector input]."""
 
-    def __init__(self, config: Any, wanted: Sequence[int], asked: EncoderRows = "class", wants_features: bool = False):
+    def __init__(
+        self, config: Any, wanted: Sequence[int | float], asked: EncoderRows = "class", wants_features: bool = False
+    ):
         self.class_tokens = class_tokens(config.vision_config)
         self.rows = self.class_tokens if asked == "class" else 0  # 0: all
         self.layers = layers_read(config, wanted) if wanted else []
