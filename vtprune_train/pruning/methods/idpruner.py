@@ -40,7 +40,7 @@ class IDPruner(OneShare):
         at_once: tokens selected per greedy step; more are faster and less exact.
         layer: layer of the vision tower whose attention is the importance; -1 is the layer whose output the projector
             receives.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... ; ``keep`` keeps their positions.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` keeps their positions.
     """
 
     keep: Share = 0.25
