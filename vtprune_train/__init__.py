@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
     from vtprune_train.pruning.methods.plphp import PLPHP
     from vtprune_train.pruning.methods.pool import Pool
+    from vtprune_train.pruning.methods.prefix import Prefix
     from vtprune_train.pruning.methods.prumerge import PruMerge
     from vtprune_train.pruning.methods.prunevid import PruneVid
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
@@ -87,6 +88,7 @@ __all__ = [
     "IDPruner",
     "Needs",
     "Pool",
+    "Prefix",
     "PruMerge",
     "PruneVid",
     "PruningMethod",
@@ -142,6 +144,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.lvlm_csp": ("LVLMCSP",),
         "pruning.methods.plphp": ("PLPHP",),
         "pruning.methods.pool": ("Pool",),
+        "pruning.methods.prefix": ("Prefix",),
         "pruning.methods.prumerge": ("PruMerge",),
         "pruning.methods.prunevid": ("PruneVid",),
         "pruning.methods.pyramiddrop": ("PyramidDrop",),

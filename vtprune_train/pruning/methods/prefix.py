@@ -42,5 +42,9 @@ class Prefix(PruningMethod):
     def choose(self, candidates: Candidates) -> Selection:
         return join_registers(candidates, self.tokens, before=True)
 
+    def input_share(self, num_layers: int) -> float:
+        """1: no token is dropped, and the few that are added are not counted."""
+        return 1.0
+
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         raise ValueError("prefix drops no tokens, so it has no budget; combine it with a method that has one")
