@@ -36,8 +36,7 @@ from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 pytestmark = pytest.mark.slow
 
 LAYERS = 6  # of the families' tiny decoders
-# read the vision tower, whose attention Qwen's does not show
-TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip", "scope", "hiprune", "vispruner", "idpruner"}
+TOWER = {name for name in METHODS if method_class(name)().needs.from_tower}  # not read for these families
 BATCH = [
     [0, "what is shown here ? assistant :"],
     ["a red", 1, "and", 2, "two ? assistant :"],

@@ -251,7 +251,7 @@ def test_earlier_layers_are_in_proportion():
     assert list(earlier((1, 2))) == []
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.encoder_layers])
+@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.from_tower])
 def test_images_of_one_token_and_of_none(name):
     """Of some of them nothing stays; a batch is its samples all the same."""
     segments = [small(lengths, key) for key, lengths in enumerate(([1], [1, 2], [], [0, 3], [7]))]
