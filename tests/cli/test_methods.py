@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 NAMES = [
     "pyramiddrop", "sparsevlm", "plphp", "fastv", "feather", "prumerge", "fopru", "vtc_cls", "visionzip", "divprune",
-    "cdpruner", "evs", "vidcom2", "dycoke", "prunevid", "videollm_mod", "victor", "voco", "hidrop", "lvlm_csp", "zipvl",
-    "random", "uniform", "pool", "none",
+    "text_interaction", "cdpruner", "evs", "vidcom2", "dycoke", "prunevid", "videollm_mod", "victor", "visionselector",
+    "quecc", "voco", "hidrop", "lvlm_csp", "zipvl", "random", "uniform", "pool", "none",
 ]  # fmt: skip
 PAGE = (ROOT / "docs" / "methods" / "own.md").read_text()
 

@@ -53,7 +53,8 @@ class Compressor(nn.Module):
     """Compresses the cells of each region to one token.
 
     The query of a region is the learned weighted sum of its cells, to which the projected instruction was added; keys
-    and values are its cells alone.
+    and values are its cells alone. The submodules are not called ``q_proj`` and so on, because adapters select the
+    decoder's projections by these names.
 
     Args:
         hidden: C.
@@ -65,10 +66,10 @@ class Compressor(nn.Module):
     def __init__(self, hidden: int, width: int, kernel: int, heads: int):
         super().__init__()
         self.kernel, self.heads = kernel, heads
-        self.text_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.LayerNorm(hidden, eps=EPS))
-        self.q_proj, self.k_proj, self.v_proj = (_projection(hidden, width) for _ in range(3))
-        self.q_downsample = Downsample(width, kernel)
-        self.q_in, self.k_in, self.v_in = (nn.Linear(width, width) for _ in range(3))
+        self.instruction = nn.Sequential(nn.Linear(hidden, hidden), nn.LayerNorm(hidden, eps=EPS))
+        self.query_mlp, self.key_mlp, self.value_mlp = (_projection(hidden, width) for _ in range(3))
+        self.downsample = Downsample(width, kernel)
+        self.query_in, self.key_in, self.value_in = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, hidden)
 
     def forward(
@@ -87,16 +88,16 @@ class Compressor(nn.Module):
             cells_RM: [R, M] int64, the tokens of each region, row by row; V where the grid ends inside a region.
         """
         number = len(rows_VC)
-        text_SC = self.text_projection(rows_VC if text_SC is None else text_SC)
+        text_SC = self.instruction(rows_VC if text_SC is None else text_SC)
         text_VC = text_SC if image_V is None else text_SC.index_select(0, image_V)
         if cells_RM is None:
             missing = torch.full((number, self.kernel**2 - 1), number, device=rows_VC.device)
             cells_RM = torch.cat([torch.arange(number, device=rows_VC.device)[:, None], missing], dim=1)
-        queries_RE = self.q_downsample(_cells(self.q_proj(rows_VC + text_VC), cells_RM))
-        queries_RE = self.q_in(queries_RE)
+        queries_RE = self.downsample(_cells(self.query_mlp(rows_VC + text_VC), cells_RM))
+        queries_RE = self.query_in(queries_RE)
         keys_RME, values_RME = (
             _cells(inner(outer(rows_VC)), cells_RM)
-            for inner, outer in ((self.k_in, self.k_proj), (self.v_in, self.v_proj))
+            for inner, outer in ((self.key_in, self.key_mlp), (self.value_in, self.value_mlp))
         )
         mixed_RE = self._attend(queries_RE, keys_RME, values_RME, cells_RM == number)
         return self.out(mixed_RE)  # type: ignore[no-any-return]

@@ -34,7 +34,8 @@ class Scorer(nn.Module):
     square root of the width.
 
     The mean is taken before the key projection, which is linear, so that the cost grows with the number of tokens and
-    not with its square. The query projection has no bias: it would add the same number to all scores of an image.
+    not with its square. The query projection has no bias: it would add the same number to all scores of an image. The
+    projections are not called ``q_proj`` and ``k_proj``, because adapters select the decoder's by these names.
 
     Args:
         hidden: C.
@@ -43,16 +44,16 @@ class Scorer(nn.Module):
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(hidden, width, bias=False), nn.Linear(hidden, width)
-        for projection in (self.q_proj, self.k_proj):
+        self.score_query, self.score_key = nn.Linear(hidden, width, bias=False), nn.Linear(hidden, width)
+        for projection in (self.score_query, self.score_key):
             nn.init.normal_(projection.weight, std=INITIAL)
-        nn.init.zeros_(self.k_proj.bias)
+        nn.init.zeros_(self.score_key.bias)
 
     def forward(self, rows_VC: Tensor, means_SC: Tensor | None = None, image_V: Tensor | None = None) -> Tensor:
         """[V] float32 scores; without ``means_SC`` (mean token of each image) and ``image_V`` (int64, the image of each
         token), every row is an image."""
         means_SC = rows_VC if means_SC is None else means_SC
-        queries, keys = self.q_proj(rows_VC), self.k_proj(means_SC)
+        queries, keys = self.score_query(rows_VC), self.score_key(means_SC)
         keys = keys if image_V is None else keys.index_select(0, image_V)
         return (queries.float() * keys.float()).sum(dim=-1) * queries.shape[-1] ** -0.5
 
