@@ -67,7 +67,7 @@ def main() -> int:
     whole = sum(count * cost.dense for count, cost in zip(SAMPLES.values(), steps["dense"], strict=True))
     rate = whole / (DENSE_HOURS * 3600)
     lines = [
-        "| recipe | stage 1, TFLOP per sample | stage 2, TFLOP per sample | FLOPs, both stages | GPU hours | published |",
+        "| recipe | TFLOP per sample, stage 1 | stage 2 | FLOPs of both stages | GPU hours | published |",
         "|---|---|---|---|---|---|",
     ]
     for recipe in RECIPES:

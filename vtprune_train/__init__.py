@@ -47,13 +47,16 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.prumerge import PruMerge
     from vtprune_train.pruning.methods.prunevid import PruneVid
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+    from vtprune_train.pruning.methods.quecc import QueCC
     from vtprune_train.pruning.methods.random_tokens import Random
     from vtprune_train.pruning.methods.scope import SCOPE
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+    from vtprune_train.pruning.methods.text_interaction import TextInteraction
     from vtprune_train.pruning.methods.uniform import Uniform
     from vtprune_train.pruning.methods.victor import Victor
     from vtprune_train.pruning.methods.vidcom2 import VidCom2
     from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
+    from vtprune_train.pruning.methods.visionselector import VisionSelector
     from vtprune_train.pruning.methods.visionzip import VisionZip
     from vtprune_train.pruning.methods.vispruner import VisPruner
     from vtprune_train.pruning.methods.voco import VoCo
@@ -93,16 +96,19 @@ __all__ = [
     "PruneVid",
     "PruningMethod",
     "PyramidDrop",
+    "QueCC",
     "Random",
     "Ranking",
     "Selection",
     "Share",
     "SparseVLM",
+    "TextInteraction",
     "Uniform",
     "Victor",
     "VidCom2",
     "VideoLLMMoD",
     "VisPruner",
+    "VisionSelector",
     "VisionZip",
     "VoCo",
     "ZipVL",
@@ -148,12 +154,15 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.prumerge": ("PruMerge",),
         "pruning.methods.prunevid": ("PruneVid",),
         "pruning.methods.pyramiddrop": ("PyramidDrop",),
+        "pruning.methods.quecc": ("QueCC",),
         "pruning.methods.random_tokens": ("Random",),
         "pruning.methods.sparsevlm": ("SparseVLM",),
+        "pruning.methods.text_interaction": ("TextInteraction",),
         "pruning.methods.uniform": ("Uniform",),
         "pruning.methods.victor": ("Victor",),
         "pruning.methods.vidcom2": ("VidCom2",),
         "pruning.methods.videollm_mod": ("VideoLLMMoD",),
+        "pruning.methods.visionselector": ("VisionSelector",),
         "pruning.methods.visionzip": ("VisionZip",),
         "pruning.methods.voco": ("VoCo",),
         "pruning.methods.vtc_cls": ("VTCCLS",),

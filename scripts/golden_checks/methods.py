@@ -2,7 +2,7 @@
 
 - ``decoder``: a whole pass with tiny weights: kept tokens at each drop point, hidden states, some decoded tokens or
   gradients
-- ``contract``: the selection of a method for given candidates
+- ``contract``: the selection of a method for given candidates, some with gradients
 - ``tower``: the same, with signals read from a tiny CLIP tower
 - ``consistency``: loss and gradients of a step on full tokens
 """
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from golden_checks.common import Case, CaseError, Entries, Outcome, Part, Tensors, compare
@@ -105,6 +105,10 @@ def llama(entries: Entries, weights: dict[str, Tensor]) -> LlamaForCausalLM:
     return model.float()
 
 
+def _load(module: nn.Module, tensors: Tensors) -> None:
+    module.load_state_dict({name: tensors[f"module.{name}"].float() for name in module.state_dict()})
+
+
 def noting(method: PruningMethod) -> Passed:
     """Collect the candidates and the selection at every drop point of ``method``, in order."""
     passed: Passed = []
@@ -123,7 +127,7 @@ def check_decoder(entries: Entries, tensors: Tensors) -> list[Part]:
     model = llama(entries, tensors.below("weights."))
     module = method.module(own["hidden"], own["layers"])
     if module is not None:
-        module.load_state_dict(tensors.below("module."))
+        _load(module, tensors)
         model.model.pruning = module
     segment, train, tolerance = layout_of(entries), bool(entries.get("train")), entries["tolerance"]["hidden"]
     embeds = tensors["inputs_embeds"].float().requires_grad_(train)
@@ -175,34 +179,55 @@ def boundary_of(method: PruningMethod, entries: Entries) -> Boundary:
     return method.plan([layout_of(entries)], entries.get("depth", 4)).boundaries[0]
 
 
-@torch.no_grad()
 def check_contract(entries: Entries, tensors: Tensors) -> list[Part]:
-    signals, hidden = None, tensors["hidden"].float()
+    """Compare a selection and, if the case has an ``output_gradient`` of the kept tokens, the gradients of the
+    candidates and of the method's parameters."""
+    signals, method, train = None, method_of(entries), "output_gradient" in tensors
+    hidden = tensors["hidden"].float().requires_grad_(train)
     if "tower_attention" in tensors:
         own_tile = torch.zeros(len(hidden), dtype=torch.int64)
         keys = tensors["tower_keys"].float() if "tower_keys" in tensors else hidden[:, :0]
         signals = EncoderSignals(tensors["tower_attention"].float(), keys, own_tile)
-    return _choice(entries, tensors, method_of(entries), signals)
-
-
-def _choice(entries: Entries, tensors: Tensors, method: PruningMethod, signals: EncoderSignals | None) -> list[Part]:
-    """Compare the selection of a method. If the published code is known to continue differently, only the first
-    ``compare_first`` entries must be equal."""
-    hidden = tensors["hidden"].float()
     instruction = tensors["instruction"].float() if "instruction" in tensors else hidden[:0]
     ranking = None
     if "keys" in tensors:  # of the decoder, for methods that do not read queries
         keys = tensors["keys"].float()
         ranking = Ranking(keys.new_zeros(len(instruction), *keys.shape[1:]), keys, 1.0)
-    candidates = Candidates(boundary_of(method, entries), hidden, hidden, instruction, ranking, signals)
+    module = method.module(hidden.shape[1], entries.get("depth", 4))
+    if module is not None:
+        _load(module, tensors)
+    boundary = boundary_of(method, entries)
+    candidates = Candidates(
+        boundary, hidden, hidden, instruction, ranking, encoder=signals, module=module, training=train
+    )
+    with torch.set_grad_enabled(train):
+        values, parts = _choice(entries, tensors, method, candidates)
+    if train:
+        tolerance = entries["tolerance"]["values"]
+        (values * tensors["output_gradient"].float()).sum().backward()
+        parts.append(compare("gradient", hidden.grad, tensors["expected.gradient"], tolerance))
+        if module is not None:
+            pairs = [(p.grad, tensors[f"expected.module_gradient.{name}"]) for name, p in module.named_parameters()]
+            ours, expected = (
+                torch.cat([grad.flatten() for grad in side if grad is not None]) for side in zip(*pairs, strict=True)
+            )
+            parts.append(compare("module gradient", ours, expected, tolerance))
+    return parts
+
+
+def _choice(
+    entries: Entries, tensors: Tensors, method: PruningMethod, candidates: Candidates
+) -> tuple[Tensor, list[Part]]:
+    """Compare the selection of a method; returns the hidden states of the kept tokens, too. If the published code is
+    known to continue differently, only the first ``compare_first`` entries must be equal."""
     selection = method.choose(candidates)
-    values = hidden[selection.chosen].clone()
+    values = candidates.hidden[selection.chosen].clone()
     if selection.at is not None and selection.values is not None:
         values[selection.at] = selection.values
     tolerance = entries.get("tolerance", {}).get("values")
     first: int | None = entries.get("compare_first")
     if "expected.kept" not in entries["expected"]:  # code that merges every token returns no indices
-        return [compare("values", values, tensors["expected.values"], tolerance)]
+        return values, [compare("values", values, tensors["expected.values"], tolerance)]
     kept = tensors["expected.kept"]
     if first is None:
         parts = [compare("kept", selection.chosen, kept)]
@@ -211,7 +236,7 @@ def _choice(entries: Entries, tensors: Tensors, method: PruningMethod, signals: 
         parts.append(compare(f"first {first} values", values[:first], tensors["expected.values"][:first], tolerance))
     if "expected.values" in tensors:
         parts.append(compare("values", values, tensors["expected.values"], tolerance))
-    return parts
+    return values, parts
 
 
 @torch.no_grad()
@@ -243,7 +268,10 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     for handle in handles:
         handle.remove()
     signals = reading.signals(torch.arange(entries["layout"]["visual"]))
-    return [compare("features", features, tensors["hidden"], FEATURES), *_choice(entries, tensors, method, signals)]
+    hidden = tensors["hidden"].float()
+    candidates = Candidates(boundary_of(method, entries), hidden, hidden, hidden[:0], encoder=signals)
+    _, parts = _choice(entries, tensors, method, candidates)
+    return [compare("features", features, tensors["hidden"], FEATURES), *parts]
 
 
 def check_consistency(entries: Entries, tensors: Tensors) -> list[Part]:

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.slow
 
 NAMES = [
     "pyramiddrop", "sparsevlm", "plphp", "fastv", "dart", "feather", "prumerge", "fopru", "vtc_cls", "visionzip",
-    "divprune", "cdpruner", "scope", "hiprune", "vispruner", "idpruner", "evs", "vidcom2", "dycoke", "prunevid",
-    "videollm_mod", "victor", "voco", "hidrop", "lvlm_csp", "zipvl", "prefix", "random", "uniform", "pool", "none",
+    "divprune", "text_interaction", "cdpruner", "scope", "hiprune", "vispruner", "idpruner", "evs", "vidcom2", "dycoke",
+    "prunevid", "videollm_mod", "victor", "visionselector", "quecc", "voco", "hidrop", "lvlm_csp", "zipvl", "prefix",
+    "random", "uniform", "pool", "none",
 ]  # fmt: skip
 PAGE = (ROOT / "docs" / "methods" / "own.md").read_text()
 

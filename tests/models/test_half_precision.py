@@ -122,7 +122,7 @@ def test_scaled_frequencies_are_computed_again_as_scaled(rope):
     assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, before)
 
 
-@pytest.mark.parametrize("method", ["victor", "voco", "pyramiddrop"])
+@pytest.mark.parametrize("method", ["victor", "voco", "visionselector", "quecc", "pyramiddrop"])
 @pytest.mark.parametrize("family", ["llava_next", "llava", "llava_onevision", "qwen2_5_vl"])
 def test_saved_and_opened_again(saved, tmp_path, family, method):
     """A pruned bfloat16 model, by plain transformers and by the project's own door."""

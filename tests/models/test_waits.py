@@ -83,7 +83,8 @@ PRUMERGE = {(READ, "vtprune_train/pruning/methods/prumerge.py"): 1}
 MASS = {(READ, "vtprune_train/pruning/methods/sparsevlm.py"): 2}
 # The singular values of each of four images, at two drops: cuSOLVER's answer is checked on the host.
 RANK = {**MASS, (READ, "vtprune_train/pruning/ops/raters.py"): 8}
-ADAPTIVE = {"prumerge": PRUMERGE}
+TEXT_INTERACTION = {(READ, "vtprune_train/pruning/methods/text_interaction.py"): 1}
+ADAPTIVE = {"prumerge": PRUMERGE, "text_interaction": TEXT_INTERACTION}
 
 
 def method_model(method, checkpointed=False, dtype=torch.float32, **settings):
@@ -109,6 +110,8 @@ VARIANTS = [
     ({"method": "sparsevlm", "gravity": True, "recycle": "none"}, {}),
     ({"method": "prumerge", "spatial": 3.0}, PRUMERGE),
     ({"method": "prumerge", "keep": 0.25}, {}),
+    ({"method": "text_interaction", "keep": 0.25}, {}),
+    ({"method": "visionselector", "soft": True}, {}),
     ({"method": "fopru", "strategy": "row"}, {}),
     ({"method": "hidrop", "differentiable": False}, {}),
 ]

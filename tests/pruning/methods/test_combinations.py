@@ -35,6 +35,7 @@ from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
 pytestmark = pytest.mark.slow
 
+ADAPTIVE = ("prumerge", "prunevid", "text_interaction")  # count on the device by default
 LAYERS = 6  # of the families' tiny decoders
 TOWER = {name for name in METHODS if method_class(name)().needs.from_tower}  # not read for these families
 BATCH = [
@@ -257,9 +258,9 @@ class _NoLists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("prumerge", "prunevid")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ADAPTIVE])
 def test_training_never_waits_for_the_device(parts, name):
-    """Without adaptive counts; PruMerge and PruneVid count by default."""
+    """Without adaptive counts, which some methods have by default."""
     part = method_class(name)()
     model = prune(tiny_model(), part).train()
     batch = parts.collator(Phases(part)).pack(parts.loaded, step=0)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 NAMES = [*METHODS, NONE]
 STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.
-NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner")
+NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner", "text_interaction")
 
 
 def small_quickstart() -> dict:
@@ -164,12 +164,15 @@ DEFAULTS = {
     "hiprune": {"keep": 192 / 576, "alpha": 0.1, "object_layer": None, "positions": "renumber"},
     "vispruner": {"keep": 128 / 576, "important": 0.5, "positions": "renumber"},
     "idpruner": {"keep": 0.25, "balance": 0.5, "at_once": 1, "positions": "renumber"},
+    "text_interaction": {"keep": None, "remaining": 0.5, "rank_with": "this_layer", "positions": "keep"},
     "evs": {"keep": 0.3, "positions": "keep"},
     "vidcom2": {"keep": 0.25, "positions": "renumber"},
     "dycoke": {"keep": 0.3, "positions": "renumber"},
     "prunevid": {"keep": None, "tau": 0.8, "segments": 0.25, "clusters": 0.5, "positions": "renumber"},
     "videollm_mod": {"keep": 0.2},
     "victor": {"registers": 8},
+    "visionselector": {"keep": 0.2, "width": None, "soft": False, "temperature": 1.0, "positions": "keep"},
+    "quecc": {"kernel": 4, "width": None, "positions": "renumber"},
     "voco": {"tokens": 2, "hide": "all_before"},
     "prefix": {"tokens": 4},
     "hidrop": {"keep": [count / 576 for count in (215, 10, 5, 1)], "differentiable": True},
@@ -208,7 +211,7 @@ def test_every_setting_is_described(name):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("voco", "prefix")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("voco", "prefix", "quecc")])
 def test_a_budget_means_the_same_for_all(name, share):
     """Tokens that enter a layer of 32, on average, by the counts of an image; and where one is dropped, some stay."""
     if name == "dycoke" and share < 0.25:

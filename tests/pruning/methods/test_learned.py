@@ -28,8 +28,10 @@ from vtprune_train.models.io.peft import open_adapter
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.methods.divprune import DivPrune
+from vtprune_train.pruning.methods.quecc import QueCC
 from vtprune_train.pruning.methods.victor import Victor
 from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
+from vtprune_train.pruning.methods.visionselector import VisionSelector
 from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
@@ -38,7 +40,9 @@ from vtprune_train.training.optimizer import parameter_groups
 
 VICTOR, MOD = Victor(registers=3, layers=2), VideoLLMMoD(layers=(1, 3), keep=0.5)
 BOTH = Combined((Victor(registers=3, layers=5), VideoLLMMoD(layers=(1, 3), keep=0.5)))
-METHODS = {"victor": VICTOR, "mod": MOD}
+SELECTOR, QUECC = VisionSelector(keep=0.4), QueCC(kernel=2)
+METHODS = {"victor": VICTOR, "mod": MOD, "visionselector": SELECTOR, "quecc": QUECC}
+ALL = {**METHODS, "combined": BOTH}
 PLACE = "model.language_model.pruning."
 TEXTS = [[0, "what is shown here ? assistant :"], ["a red", 1, "and", 2, "two ? assistant :"]]
 
@@ -134,7 +138,7 @@ def test_a_copy_has_its_own():
     assert not torch.equal(logits(copied), before)
 
 
-@pytest.mark.parametrize("method", [VICTOR, MOD, BOTH], ids=["victor", "mod", "combined"])
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("shards", ["5GB", "20KB"])
 def test_saved_and_opened(method, shards, tmp_path, caplog):
     model = moved(prune(tiny_model(), method))
@@ -271,7 +275,7 @@ def test_they_are_a_part_of_their_own():
     assert trained == {name for part in ("projector", "pruning") for name, _ in parts_of(model)[part]}
 
 
-@pytest.mark.parametrize("method", [VICTOR, MOD, BOTH], ids=["victor", "mod", "combined"])
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("drops", [True, False], ids=["pruned", "all_tokens"])
 def test_what_gets_a_gradient(method, images, drops):
@@ -307,12 +311,12 @@ def test_a_rate_for_them():
 
 
 def test_who_learns():
-    assert learns(VICTOR) and learns(MOD) and learns(VoCo())
+    assert learns(VICTOR) and learns(MOD) and learns(VoCo()) and learns(SELECTOR) and learns(QUECC)
     assert learns(Combined((PyramidDrop(), Victor())))
     assert not learns(PyramidDrop()) and not learns(None)
 
 
-@pytest.mark.parametrize("method", [VICTOR, MOD, BOTH], ids=["victor", "mod", "combined"])
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog):
     base, inputs = family_model("llava_next").eval(), family_inputs("llava_next", TEXTS)
     plain = copy.deepcopy(base)

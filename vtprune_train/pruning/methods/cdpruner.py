@@ -10,6 +10,7 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import determinantal
+from vtprune_train.pruning.ops.instruction import instruction_rows
 from vtprune_train.pruning.setting_types import Share
 
 LEAST = 1e-6  # lower bound on relevance, so that no token is excluded outright
@@ -28,9 +29,7 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
         boundary: provides the segments and spans.
     """
     parts, start = [hidden_VC.new_zeros(0, dtype=torch.float32)], 0
-    segment_of = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
-    for span in boundary.spans:
-        rows = slice(segment_of[span.segment].query_start, segment_of[span.segment].query_end)
+    for span, rows in zip(boundary.spans, instruction_rows(boundary), strict=True):
         instruction_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
         hidden_NC = hidden_VC[start : start + span.before].float()
         start += span.before

@@ -113,3 +113,30 @@ def strided_cells(grids: Sequence[Grid], stride: int) -> np.ndarray:
         picked.append(cells + np.arange(rows * columns).reshape(rows, columns)[::stride, ::step].ravel())
         cells += rows * columns
     return np.concatenate(picked)
+
+
+def regions(grids: Sequence[Grid], kernel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide each grid into regions of ``kernel`` x ``kernel`` cells, in row-major order; the last ones of a row or
+    column may be smaller. Single-row grids (layout unknown) are divided into runs of ``kernel ** 2`` cells.
+
+    Returns:
+        [regions, kernel ** 2] int64, the cells of each region row by row, -1 where the grid ends inside it; [regions]
+        int64, its centre cell.
+    """
+    cells, centres, done = [np.zeros((0, kernel**2), dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
+    for rows, columns in grids:
+        height, width = (kernel, kernel) if rows > 1 else (1, kernel**2)
+        down, across = -(-rows // height), -(-columns // width)
+        padded = np.full((down * height, across * width), -1, dtype=np.int64)
+        padded[:rows, :columns] = done + np.arange(rows * columns).reshape(rows, columns)
+        cells.append(padded.reshape(down, height, across, width).transpose(0, 2, 1, 3).reshape(-1, kernel**2))
+        middle_rows, middle_columns = _middles(rows, height), _middles(columns, width)
+        centres.append((done + middle_rows[:, None] * columns + middle_columns).ravel())
+        done += rows * columns
+    return np.concatenate(cells), np.concatenate(centres)
+
+
+def _middles(length: int, size: int) -> np.ndarray:
+    """The middle of each interval of ``size``, of which the last may be shorter."""
+    starts = np.arange(0, length, size)
+    return (starts + np.minimum(starts + size, length) - 1) // 2
