@@ -226,10 +226,10 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     if missing := [key for key in incompatible.missing_keys if "position_ids" not in key]:
         raise CaseError(f"weights do not fit the tower: {missing=}")
     config = SimpleNamespace(vision_config=vision, vision_feature_layer=-2)
-    reading = Reading(config, method.needs.encoder_layers, method.needs.encoder_rows)
-    handles = reading.hook(getattr(tower, "vision_model", tower))
+    reading, projector = Reading(config, method.needs), torch.nn.Identity()  # the case has no projector
+    handles = reading.hook(getattr(tower, "vision_model", tower), projector)
     pixels = tensors["pixel_values"].float()[None]
-    features = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    features = projector(tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])[0]
     for handle in handles:
         handle.remove()
     signals = reading.signals(torch.arange(entries["layout"]["visual"]))

@@ -75,3 +75,14 @@ def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights
     # dividing by a tiny number would give infinite gradients
     shares = shares / torch.where(total > torch.finfo(wide.dtype).tiny, total, 1.0)[:, None]
     return (kept_hidden + (shares @ merged_hidden - shares.sum(dim=1, keepdim=True) * kept_hidden)).to(hidden.dtype)
+
+
+def projected(
+    candidates: Candidates, signals: EncoderSignals, features_KM: Tensor, merges_K: Tensor, chosen: Tensor
+) -> Tensor:
+    """[K, C]: ``features_KM``, merged features of the vision tower, after the projector; where ``merges_K`` is false,
+    the hidden states of the tokens ``chosen`` instead. Calls the projector also if K is 0."""
+    hidden = candidates.hidden.index_select(0, chosen)
+    if signals.project is None:  # no image, and the tower did not run
+        return hidden
+    return torch.where(merges_K[:, None], signals.project(features_KM).to(hidden.dtype), hidden)
