@@ -64,10 +64,13 @@ def _kept(drop: Drop, original: np.ndarray, before: np.ndarray, spans: Sequence[
     pairs = np.stack([original, before])
     if spans and type(drop).kept_of is not Drop.kept_of:
         counts: dict[Any, int] = {}
-        keys = [(span.grids, span.frames, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
+        keys = [
+            (span.grids, span.frames, span.tile_tokens, span.length, *pair)
+            for span, pair in zip(spans, pairs.T.tolist(), strict=True)
+        ]
         for span, key in zip(spans, keys, strict=True):
             if key not in counts:
-                counts[key] = drop.kept_of(span, *key[2:])
+                counts[key] = drop.kept_of(span, *key[4:])
         return np.array([counts[key] for key in keys], dtype=np.int64)
     different, place = np.unique(pairs, axis=1, return_inverse=True)
     kept = np.array([drop.kept(length, now) for length, now in different.T.tolist()], dtype=np.int64)
@@ -433,11 +436,9 @@ def _span_layouts(
     for index, segment in enumerate(layout.segments):
         for number, span in enumerate(segment.spans):
             i = len(spans)
-            spans.append(
-                SpanLayout(
-                    index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key, span.frames
-                )
-            )
+            counts = int(original[i]), int(before[i]), int(after[i])
+            tile_tokens = span.tile_tokens if counts[1] == span.length else ()
+            spans.append(SpanLayout(index, number, *counts, span.grids, segment.key, span.frames, tile_tokens))
     return tuple(spans)
 
 

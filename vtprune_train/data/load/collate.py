@@ -257,7 +257,8 @@ def _spans(visuals: Sequence[VisualTokens], starts: Sequence[int]) -> Iterator[I
         else:
             one_each = len(runs) > 1 and len(visual.grids) == len(runs)
             for number, (start, length) in enumerate(runs):
-                yield ImageSpan(start, length, visual.grids[number : number + 1] if one_each else visual.grids)
+                grids = visual.grids[number : number + 1] if one_each else visual.grids
+                yield ImageSpan(start, length, grids, tile_tokens=visual.tile_tokens)
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

@@ -498,7 +498,8 @@ def _image_spans(
                     f"row {row} has more image tokens than the {num_images} images have; pass pixel_values of every "
                     "image whose tokens are in input_ids (all that are not cached yet)"
                 )
-            spans.append(ImageSpan(offset, *remaining.pop(0)))
+            image = remaining.pop(0)
+            spans.append(ImageSpan(offset, image.length, image.grids, tile_tokens=image.tile_tokens))
             offset = spans[-1].end
         if offset != start + length:
             raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtprune_train.core.stream import Boundary
+from vtprune_train.core.stream import Boundary, SpanLayout
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals
 
 
@@ -46,6 +46,21 @@ def neutral(scores_V: Tensor, boundary: Boundary) -> Tensor:
 def sizes_before(boundary: Boundary) -> list[int]:
     """Number of candidates of each image."""
     return [span.before for span in boundary.spans]
+
+
+def sizes_of_tiles(span: SpanLayout) -> tuple[int, ...]:
+    """Number of tokens of each tile of an image that has any, and then of the newlines, if there are any."""
+    tiles = tuple(tokens for tokens in span.tile_tokens if tokens) or (span.before,) * (span.before > 0)
+    rest = span.before - sum(tiles)
+    return (*tiles, rest) if rest else tiles
+
+
+def by_tile(tile_V: Tensor, boundary: Boundary) -> Tensor:
+    """[V] int64, the candidates of each image, tile by tile in their order, and then the newlines."""
+    span_V = boundary.span_of_visual
+    last = torch.where(tile_V < 0, torch.iinfo(tile_V.dtype).max, tile_V)
+    order = torch.sort(last, stable=True).indices
+    return order.index_select(0, torch.sort(span_V.index_select(0, order), stable=True).indices)
 
 
 def ranked(scores_V: Tensor, number: Tensor) -> Tensor:
