@@ -290,6 +290,12 @@ def _instruction(segment: SegmentLayout) -> np.ndarray:
     return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
 
 
+def instruction_rows(segment: SegmentLayout) -> np.ndarray:
+    """Offsets of the text from the last image to the first query row after it; empty if there is no such text."""
+    rows = _instruction(segment)
+    return rows[rows >= segment.spans[-1].end]
+
+
 def _check_segment(segment: SegmentLayout, drops: bool) -> None:
     """Raise a ``ValueError`` if a span or row lies where it cannot be; ``drops``: whether tokens are dropped."""
     end = 0
@@ -395,7 +401,8 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         segment_rows = query_rows[query_segment == index]
         start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
         taken = sum(len(rows) for rows in scored_queries)
-        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows)))
+        question = layout.segments[index].question
+        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows), question))
         scored_queries.append(segment_rows)
         offset_in_scored[index] = length_so_far - start
         length_so_far += end - start

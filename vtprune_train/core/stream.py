@@ -106,6 +106,7 @@ class SegmentLayout:
         query_offsets: tokens whose attention ranks the visual tokens.
         supervised_offsets: target tokens of the loss (each is predicted from the row before it).
         key: hash of the sample's text, used to seed draws independently of the batch.
+        question: the text between the last image and the next answer, for methods that read it; otherwise empty.
     """
 
     length: int
@@ -113,6 +114,7 @@ class SegmentLayout:
     query_offsets: tuple[int, ...] = ()
     supervised_offsets: tuple[int, ...] = ()
     key: int = 0
+    question: str = ""
 
     @property
     def num_text(self) -> int:
@@ -206,12 +208,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScoredSegment:
-    """A segment with images at a drop point: its rows [start, end) and its query rows."""
+    """A segment with images at a drop point: its rows [start, end), its query rows and its question (see
+    :class:`SegmentLayout`)."""
 
     start: int
     end: int
     query_start: int
     query_end: int
+    question: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Combined(PruningMethod):
             encoder_features=any(need.encoder_features for need in needs),
             merges_features=any(need.merges_features for need in needs),
             class_features=any(need.class_features for need in needs),
+            question=any(need.question for need in needs),
             hidden_after=keys.hidden_after,
             hides_front=any(need.hides_front for need in needs),
         )

@@ -43,6 +43,9 @@ class Needs(Settings):
         merges_features: let these features keep their gradients, and provide :attr:`EncoderSignals.project`, so that
             the method can merge features before the projector.
         class_features: provide the features of the class tokens too.
+        question: provide the text between the last image and the next answer on the host, in
+            ``boundary.segments``. A model that is called without the training loop's collator reads it with the
+            tokenizer in the folder that it was loaded from.
         hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
             query row that follows the image (``query``), or right after the image's span (``span``).
         hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
@@ -61,6 +64,7 @@ class Needs(Settings):
     encoder_features: bool = False
     merges_features: bool = False
     class_features: bool = False
+    question: bool = False
     hidden_after: HiddenAfter = "query"
     hides_front: bool = False
 

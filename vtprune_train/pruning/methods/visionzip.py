@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtprune_train.core.rounding import floor_of
-from vtprune_train.core.stream import Boundary, Drop, SpanLayout, to_device
+from vtprune_train.core.stream import Boundary, Drop, to_device
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.needs import Needs, Variant
@@ -25,10 +25,10 @@ from vtprune_train.pruning.ops.significance import (
     by_tile,
     merged,
     neutral,
+    parts_of,
     projected,
     signals_of,
     sizes_before,
-    sizes_of_tiles,
 )
 from vtprune_train.pruning.schedules.stages import AtLeastOne, OfEachTile
 from vtprune_train.pruning.setting_types import Share
@@ -99,11 +99,10 @@ class VisionZip(OneShare):
         assert signals.features is not None, "the tower's features are among the needs"
         order = by_tile(signals.tile, boundary)
         kept = [_Kept(boundary.span_of_visual[:0], signals.features[:0], boundary.span_of_visual[:0].bool())]
-        sizes = [sizes_of_tiles(span) for span in boundary.spans]
-        places = iter(order.split([size for of_image in sizes for size in of_image]))
-        for span, of_image in zip(boundary.spans, sizes, strict=True):
-            tiles = [self._tile(signals, next(places), count) for count in _counts(span, of_image, boundary.drop)]
-            kept += _in_published_order(tiles)
+        images = parts_of(boundary)
+        places = iter(order.split([size for parts in images for size, _ in parts]))
+        for parts in images:
+            kept += _in_published_order([self._tile(signals, next(places), count) for _, count in parts])
         chosen, features, merges = (torch.cat(parts) for parts in zip(*kept, strict=True))
         values = projected(candidates, signals, features, merges, chosen)
         return Selection(chosen, torch.arange(len(chosen), device=chosen.device), values)
@@ -180,14 +179,6 @@ class _Kept(NamedTuple):
     chosen: Tensor
     features: Tensor
     merges: Tensor
-
-
-def _counts(span: SpanLayout, sizes: tuple[int, ...], drop: Drop) -> list[int]:
-    """The number of tokens to keep of each part of an image (see :func:`sizes_of_tiles`)."""
-    tiles = sum(tokens > 0 for tokens in span.tile_tokens)
-    if not tiles:
-        return [span.after] * len(sizes)
-    return [drop.kept(size, size) for size in sizes[:tiles]] + [0] * len(sizes[tiles:])
 
 
 def _in_published_order(tiles: list[tuple[_Kept, _Kept, _Kept]]) -> list[_Kept]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtprune_train.core.stream import Boundary, SpanLayout
+from vtprune_train.core.stream import Boundary
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals
 
 
@@ -48,11 +48,19 @@ def sizes_before(boundary: Boundary) -> list[int]:
     return [span.before for span in boundary.spans]
 
 
-def sizes_of_tiles(span: SpanLayout) -> tuple[int, ...]:
-    """Number of tokens of each tile of an image that has any, and then of the newlines, if there are any."""
-    tiles = tuple(tokens for tokens in span.tile_tokens if tokens) or (span.before,) * (span.before > 0)
-    rest = span.before - sum(tiles)
-    return (*tiles, rest) if rest else tiles
+def parts_of(boundary: Boundary) -> list[list[tuple[int, int]]]:
+    """For each image, the number of tokens of each of its tiles, and of its newlines, in the order of :func:`by_tile`,
+    each with the number to keep by a drop point of :class:`~vtprune_train.pruning.schedules.stages.OfEachTile`. An
+    image without known tiles has one part."""
+    parts = []
+    for span in boundary.spans:
+        tiles = [(tokens, boundary.drop.kept(tokens, tokens)) for tokens in span.tile_tokens if tokens]
+        newlines = span.before - sum(tokens for tokens, _ in tiles)
+        if not tiles:
+            parts.append([(span.before, span.after)] if span.before else [])
+        else:
+            parts.append([*tiles, (newlines, 0)] if newlines else tiles)
+    return parts
 
 
 def by_tile(tile_V: Tensor, boundary: Boundary) -> Tensor:
