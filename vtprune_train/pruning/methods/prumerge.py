@@ -252,5 +252,5 @@ def summed(features_nM: Tensor, attention_n: Tensor, keys: Tensor, kept_k: Tenso
     weights = weight.index_select(0, rows)[nearest.indices].masked_fill(nearest.values == -torch.inf, 0.0)
     shares = weights.new_zeros(k, n).scatter(1, nearest.indices, weights)
     sums_kM = wide_nM.index_select(0, kept_k) + shares @ wide_nM.index_select(0, rows)
-    rest_M = weight.index_select(0, others) @ wide_nM.index_select(0, others)
-    return torch.cat([sums_kM, rest_M[None]]).to(features_nM.dtype)
+    rest_1M = weight.index_select(0, others)[None] @ wide_nM.index_select(0, others)
+    return torch.cat([sums_kM, rest_1M]).to(features_nM.dtype)
