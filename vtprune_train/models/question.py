@@ -45,4 +45,5 @@ def tokenizer_at(path: str | None, reader: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{reader} reads the question, but {path} has no tokenizer ({error}); {fix}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{reader} reads the question, but {path} has no tokenizer ({reason}); {fix}") from error

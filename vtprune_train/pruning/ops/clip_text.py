@@ -83,8 +83,9 @@ def clip_similarity(name: str, device: torch.device) -> ClipSimilarity:
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
         return ClipSimilarity(clip.requires_grad_(False).eval().to(device), AutoTokenizer.from_pretrained(name), name)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"text_tower={name!r} cannot be loaded: {error}; set it to the folder or the name on the Hub of the CLIP "
+            f"text_tower={name!r} cannot be loaded: {reason}; set it to the folder or the name on the Hub of the CLIP "
             "model that the vision tower was taken from, such as openai/clip-vit-large-patch14-336"
         ) from error
     finally:
