@@ -4,18 +4,29 @@
   gradients
 - ``contract``: the selection of a method for given candidates, some with gradients
 - ``tower``: the same, with signals read from a tiny CLIP tower
+- ``clip``: the same, with the similarity of patches and a question by a tiny CLIP model
 - ``consistency``: loss and gradients of a step on full tokens
 """
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from golden_checks.common import Case, CaseError, Entries, Outcome, Part, Tensors, compare
 from vtprune_train.core.stream import Boundary, ImageSpan, SegmentLayout
@@ -85,8 +96,9 @@ def layout_of(entries: Entries) -> SegmentLayout:
     grids = tuple(tuple(grid) for grid in own.get("grids", ()))
     length = own["pre"] + own["visual"] + own["post"]
     query = tuple(own.get("query", (length - 1,)))
-    span = ImageSpan(own["pre"], own["visual"], grids, frames=own.get("frames", 0))
-    return SegmentLayout(length, (span,), query)
+    tile_tokens = tuple(own.get("tile_tokens", ()))
+    span = ImageSpan(own["pre"], own["visual"], grids, frames=own.get("frames", 0), tile_tokens=tile_tokens)
+    return SegmentLayout(length, (span,), query, question=entries.get("question", ""))
 
 
 def llama(entries: Entries, weights: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -240,6 +252,34 @@ def _choice(
 
 
 @torch.no_grad()
+def check_clip(entries: Entries, tensors: Tensors) -> list[Part]:
+    clip = CLIPModel(CLIPConfig(**entries["clip"]))
+    missing = clip.load_state_dict(tensors.below("clip."), strict=False).missing_keys
+    if missing := [key for key in missing if "position_ids" not in key]:
+        raise CaseError(f"weights do not fit CLIP: {missing=}")
+    tiles = entries["layout"]["tile_tokens"]
+    tile = torch.arange(len(tiles)).repeat_interleave(torch.tensor(tiles))
+    features = tensors["tower_features"].float()
+    signals = EncoderSignals(torch.zeros(0, len(tile)), torch.zeros(len(tile), 0), tile, features)
+    with tempfile.TemporaryDirectory() as folder:
+        clip.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        method = dataclasses.replace(method_of(entries), text_tower=folder)  # type: ignore[call-arg]
+        hidden = tensors["hidden"].float()
+        candidates = Candidates(boundary_of(method, entries), hidden, hidden, hidden[:0], encoder=signals)
+        _, parts = _choice(entries, tensors, method, candidates)
+    return parts
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with one token for each byte, and for each byte that ends a word."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+
+
+@torch.no_grad()
 def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     own, method = entries["tower"], method_of(entries)
     vision = CLIPVisionConfig(
@@ -256,14 +296,12 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     if missing := [key for key in incompatible.missing_keys if "position_ids" not in key]:
         raise CaseError(f"weights do not fit the tower: {missing=}")
     config = SimpleNamespace(vision_config=vision, vision_feature_layer=-2)
-    needs = method.needs
-    reading = Reading(config, needs.encoder_layers, needs.encoder_rows, needs.encoder_features)
-    handles = reading.hook(getattr(tower, "vision_model", tower))
+    reading, projector = Reading(config, method.needs), torch.nn.Identity()  # the case has no projector
+    handles = reading.hook(getattr(tower, "vision_model", tower), projector)
     pixels = tensors["pixel_values"].float()[None]
-    features = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
-    if (
-        needs.encoder_features
-    ):  # the recorded ones: where tokens are divided by order, rounding changes every later step
+    features = projector(tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])[0]
+    if method.needs.encoder_features and not method.needs.merges_features:
+        # The recorded ones: where tokens are divided by order, rounding changes every later step.
         reading.features = tensors["hidden"].float()[None]
     for handle in handles:
         handle.remove()
@@ -294,6 +332,7 @@ def check_consistency(entries: Entries, tensors: Tensors) -> list[Part]:
 CHECKS: dict[str, Callable[[Entries, Tensors], list[Part]]] = {
     "decoder": check_decoder,
     "contract": check_contract,
+    "clip": check_clip,
     "tower": check_tower,
     "consistency": check_consistency,
 }

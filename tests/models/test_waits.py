@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin
 
 from tests.support import fake_varlen  # noqa: F401, attention that CUDA alone has
+from tests.support.clip import save_clip
 from tests.support.fake_cuda import DEVICE, READ, CudaTensor, FakeCuda
 from tests.support.families import BATCH, FAMILIES, HALF, SPECIAL, family_inputs, family_model
 from tests.support.family_runs import RECORDS, Setup
@@ -24,6 +25,8 @@ from vtprune_train import dense, prune
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class, method_from_settings
+from vtprune_train.pruning.methods import cdpruner
+from vtprune_train.pruning.ops.clip_text import clip_similarity
 from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.engine.gradients import squared_norm
 from vtprune_train.training.loop.evaluate import evaluate
@@ -112,6 +115,9 @@ VARIANTS = [
     ({"method": "prumerge", "keep": 0.25}, {}),
     ({"method": "text_interaction", "keep": 0.25}, {}),
     ({"method": "visionselector", "soft": True}, {}),
+    ({"method": "prumerge", "spatial": 3.0, "variant": "published"}, PRUMERGE),
+    ({"method": "prumerge", "keep": 0.25, "spatial": 1.0, "variant": "published"}, {}),
+    ({"method": "visionzip", "variant": "published"}, {}),
     ({"method": "fopru", "strategy": "row"}, {}),
     ({"method": "hidrop", "differentiable": False}, {}),
 ]
@@ -122,6 +128,19 @@ def test_other_settings_do_not_wait_either(parts, settings, forward):
     method = method_from_settings(settings)
     batch = parts.collator(Phases(method)).pack(parts.loaded, step=0)
     check_training(lambda: method_model(method), batch, forward)
+
+
+def test_the_text_tower_does_not_wait(parts, tmp_path, monkeypatch):
+    """The question is read on the host. ``from_pretrained`` uses the meta device, so CLIP is loaded before."""
+    name = str(save_clip(tmp_path, 24))
+    here, there = (clip_similarity.__wrapped__(name, torch.device("cpu")) for _ in range(2))
+    with FakeCuda() as cuda:
+        for module in (there.text_model, there.text_projection, there.norm, there.visual_projection):
+            cuda.put(module)
+    monkeypatch.setattr(cdpruner, "clip_similarity", lambda name, device: there if device.type == "cuda" else here)
+    method = method_from_settings({"method": "cdpruner", "keep": 0.4, "text_tower": name})
+    batch = parts.collator(Phases(method)).pack(parts.loaded, step=0)
+    check_training(lambda: method_model(method), batch)
 
 
 def test_a_step_on_all_tokens_with_a_teacher_does_not_wait(parts):

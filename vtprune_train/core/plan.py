@@ -64,10 +64,13 @@ def _kept(drop: Drop, original: np.ndarray, before: np.ndarray, spans: Sequence[
     pairs = np.stack([original, before])
     if spans and type(drop).kept_of is not Drop.kept_of:
         counts: dict[Any, int] = {}
-        keys = [(span.grids, span.frames, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
+        keys = [
+            (span.grids, span.frames, span.tile_tokens, span.length, *pair)
+            for span, pair in zip(spans, pairs.T.tolist(), strict=True)
+        ]
         for span, key in zip(spans, keys, strict=True):
             if key not in counts:
-                counts[key] = drop.kept_of(span, *key[2:])
+                counts[key] = drop.kept_of(span, *key[4:])
         return np.array([counts[key] for key in keys], dtype=np.int64)
     different, place = np.unique(pairs, axis=1, return_inverse=True)
     kept = np.array([drop.kept(length, now) for length, now in different.T.tolist()], dtype=np.int64)
@@ -287,6 +290,12 @@ def _instruction(segment: SegmentLayout) -> np.ndarray:
     return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
 
 
+def instruction_rows(segment: SegmentLayout) -> np.ndarray:
+    """Offsets of the text from the last image to the first query row after it; empty if there is no such text."""
+    rows = _instruction(segment)
+    return rows[rows >= segment.spans[-1].end]
+
+
 def _check_segment(segment: SegmentLayout, drops: bool) -> None:
     """Raise a ``ValueError`` if a span or row lies where it cannot be; ``drops``: whether tokens are dropped."""
     end = 0
@@ -392,7 +401,8 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         segment_rows = query_rows[query_segment == index]
         start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
         taken = sum(len(rows) for rows in scored_queries)
-        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows)))
+        question = layout.segments[index].question
+        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows), question))
         scored_queries.append(segment_rows)
         offset_in_scored[index] = length_so_far - start
         length_so_far += end - start
@@ -433,11 +443,9 @@ def _span_layouts(
     for index, segment in enumerate(layout.segments):
         for number, span in enumerate(segment.spans):
             i = len(spans)
-            spans.append(
-                SpanLayout(
-                    index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key, span.frames
-                )
-            )
+            counts = int(original[i]), int(before[i]), int(after[i])
+            tile_tokens = span.tile_tokens if counts[1] == span.length else ()
+            spans.append(SpanLayout(index, number, *counts, span.grids, segment.key, span.frames, tile_tokens))
     return tuple(spans)
 
 

@@ -37,6 +37,8 @@ class ImageSpan:
         frames: number of steps in time of a video, whose tokens are ordered step by step; 0 for an image.
         runs: ``(start, length)`` of each run of adjacent tokens, if text stands between them, such as the timestamps
             between the frames of Qwen3-VL; empty if all tokens are adjacent.
+        tile_tokens: number of tokens that show patches of each tile of an image, without newlines; empty if the family
+            has no tiles.
     """
 
     start: int
@@ -44,6 +46,7 @@ class ImageSpan:
     grids: tuple[tuple[int, int], ...] = ()
     frames: int = 0
     runs: tuple[tuple[int, int], ...] = ()
+    tile_tokens: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -103,6 +106,7 @@ class SegmentLayout:
         query_offsets: tokens whose attention ranks the visual tokens.
         supervised_offsets: target tokens of the loss (each is predicted from the row before it).
         key: hash of the sample's text, used to seed draws independently of the batch.
+        question: the text between the last image and the next answer, for methods that read it; otherwise empty.
     """
 
     length: int
@@ -110,6 +114,7 @@ class SegmentLayout:
     query_offsets: tuple[int, ...] = ()
     supervised_offsets: tuple[int, ...] = ()
     key: int = 0
+    question: str = ""
 
     @property
     def num_text(self) -> int:
@@ -172,8 +177,9 @@ class Drop:
     def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
         """Like :meth:`kept`, if the span itself is known, as in the plan of a batch: methods for videos count by its
         steps in time. The planner calls only this method if spans are known, and only :meth:`kept` otherwise (budgets
-        and estimates); the default is the same number. The result may depend on ``span.grids`` and ``span.frames``, but
-        not on the place of the span or its runs: spans that agree in the rest are counted once."""
+        and estimates); the default is the same number. The result may depend on ``span.grids``, ``span.frames``,
+        ``span.tile_tokens`` and ``span.length`` (if it is not ``before``, another method has dropped some of the
+        tokens), but not on the place of the span or its runs: spans that agree in the rest are counted once."""
         return self.kept(length, before)
 
 
@@ -202,12 +208,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScoredSegment:
-    """A segment with images at a drop point: its rows [start, end) and its query rows."""
+    """A segment with images at a drop point: its rows [start, end), its query rows and its question (see
+    :class:`SegmentLayout`)."""
 
     start: int
     end: int
     query_start: int
     query_end: int
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ class SpanLayout:
         after: token count after this drop (for an adaptive drop, the expected one).
         grids, frames: see :class:`ImageSpan`.
         key: see :class:`SegmentLayout`.
+        tile_tokens: see :class:`ImageSpan`; empty after an earlier drop.
     """
 
     segment: int
@@ -232,6 +241,7 @@ class SpanLayout:
     grids: tuple[tuple[int, int], ...] = ()
     key: int = 0
     frames: int = 0
+    tile_tokens: tuple[int, ...] = ()
 
 
 @dataclass

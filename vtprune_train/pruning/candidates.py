@@ -6,6 +6,7 @@ H query heads, G key-value heads, D head size, C hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,18 +39,27 @@ class EncoderSignals:
 
     Args:
         attention: [layers, V] float32, for each layer of :attr:`Needs.encoder_layers` the attention that each patch
-            receives, averaged over heads: from the class token, or, if the tower has none or :attr:`Needs.encoder_rows`
-            is ``all``, the mean over all tokens of its tile.
+            receives, averaged over heads (see :attr:`Needs.encoder_heads`): from the class token, or, if the tower has
+            none or :attr:`Needs.encoder_rows` is ``all``, the mean over all tokens of its tile.
         keys: [V, tower hidden], keys of the last of those layers, heads concatenated; [V, 0] without such layers.
         tile: [V] int64, batch-wide index of each token's tile; -1 for tokens that are not patches.
         features: [V, projector input], the tower's features that the projector reads (class token excluded); ``None``
-            unless the method sets :attr:`Needs.encoder_features`.
+            unless the method sets :attr:`Needs.encoder_features`. They keep their gradients if it sets
+            :attr:`Needs.merges_features`.
+        heads: number of heads in ``keys``.
+        class_features: [V, projector input], the features of the class token of each token's tile; ``None`` if the
+            tower has none, or unless the method sets :attr:`Needs.class_features`.
+        project: the model's projector: [n, projector input] -> [n, C], with gradients; ``None`` unless the method sets
+            :attr:`Needs.merges_features`. Every rank must call it equally often, with n = 0 if it has no images.
     """
 
     attention: Tensor
     keys: Tensor
     tile: Tensor
     features: Tensor | None = None
+    heads: int = 1
+    class_features: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass

@@ -59,7 +59,11 @@ class Combined(PruningMethod):
             multi_turn="keep_dense" if any(need.multi_turn == "keep_dense" for need in needs) else "drop",
             encoder_layers=tower.encoder_layers,
             encoder_rows=tower.encoder_rows,
+            encoder_heads=tower.encoder_heads,
             encoder_features=any(need.encoder_features for need in needs),
+            merges_features=any(need.merges_features for need in needs),
+            class_features=any(need.class_features for need in needs),
+            question=any(need.question for need in needs),
             hidden_after=keys.hidden_after,
             hides_front=any(need.hides_front for need in needs),
         )

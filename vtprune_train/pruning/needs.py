@@ -8,9 +8,12 @@ from vtprune_train.pruning.setting_types import Settings
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
+Variant = Literal["default", "published"]
 MultiTurn = Literal["drop", "keep_dense"]
 HiddenAfter = Literal["query", "span"]
+TowerLayer = int | float | Literal["last"]
 EncoderRows = Literal["class", "all"]
+EncoderHeads = Literal["each", "joined"]
 
 
 class Needs(Settings):
@@ -31,11 +34,20 @@ class Needs(Settings):
             ``keep_dense``, all tokens, ranked again by the new question.
         encoder_layers: layers of the vision tower whose attention :attr:`Candidates.encoder` holds; negative ones count
             from the end, and -1 is the last layer whose features the decoder receives; a float is a share of the depth
-            from 0.0, the first layer, to 1.0, that last layer.
+            from 0.0, the first layer, to 1.0, that last layer. ``last`` is the tower's last layer, whatever reads its
+            features.
         encoder_rows: which attention to read: that of the class token (``class``), or the mean over all tokens of the
             tile (``all``).
+        encoder_heads: how to compute this attention: a softmax for ``each`` head, averaged; or one softmax of the dot
+            products over the channels of all heads ``joined``, divided by the square root of their number.
         encoder_features: provide the features of the vision tower that the projector reads, in
             :attr:`Candidates.encoder`; alone or together with ``encoder_layers``.
+        merges_features: let these features keep their gradients, and provide :attr:`EncoderSignals.project`, so that
+            the method can merge features before the projector.
+        class_features: provide the features of the class tokens too.
+        question: provide the text between the last image and the next answer on the host, in
+            ``boundary.segments``. A model that is called without the training loop's collator reads it with the
+            tokenizer in the folder that it was loaded from.
         hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
             query row that follows the image (``query``), or right after the image's span (``span``).
         hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
@@ -48,9 +60,13 @@ class Needs(Settings):
     positions: Positions = "keep"
     differentiable: bool = False
     multi_turn: MultiTurn = "drop"
-    encoder_layers: tuple[int | float, ...] = ()
+    encoder_layers: tuple[TowerLayer, ...] = ()
     encoder_rows: EncoderRows = "class"
+    encoder_heads: EncoderHeads = "each"
     encoder_features: bool = False
+    merges_features: bool = False
+    class_features: bool = False
+    question: bool = False
     hidden_after: HiddenAfter = "query"
     hides_front: bool = False
 

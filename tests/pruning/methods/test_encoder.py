@@ -53,6 +53,22 @@ class Spy(PruningMethod):
         return torch.nan_to_num(candidates.encoder.attention.sum(dim=0))
 
 
+class Whole(Spy):
+    """Reads the last layer with all heads as one, and merges features."""
+
+    name = "whole"
+
+    @property
+    def needs(self):
+        return Needs(
+            encoder_layers=("last",),
+            encoder_heads="joined",
+            encoder_features=True,
+            merges_features=True,
+            class_features=True,
+        )
+
+
 @pytest.fixture(autouse=True)
 def forget():
     SEEN.clear()
@@ -205,6 +221,43 @@ def test_packed_rows_see_what_padded_rows_do(name, tmp_path):
     torch.testing.assert_close(packed.keys, padded.keys)
     torch.testing.assert_close(packed.features, padded.features)
     assert torch.equal(packed.tile, padded.tile)
+
+
+def test_all_heads_as_one_and_the_last_layer():
+    """One softmax over the channels of all heads, in a layer that the features do not come from."""
+    model = prune(family_model("llava"), Whole())
+    inputs = family_inputs("llava", TEXTS[:1])
+    tower, shown = model.model.vision_tower, {}
+    layer = tower.encoder.layers[-1]
+    layer.register_forward_pre_hook(lambda module, args: shown.update(hidden=args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        normed = layer.layer_norm1(shown["hidden"])[0]
+        query, keys = layer.self_attn.q_proj(normed[0]), layer.self_attn.k_proj(normed)
+    expected = (keys @ query / 24**0.5).softmax(dim=0)[1:]
+    (signals,) = SEEN
+    torch.testing.assert_close(signals.attention[0], expected)
+    torch.testing.assert_close(signals.keys, keys[1:])
+    assert signals.heads == 2
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava", "llava_onevision"])
+def test_class_tokens_and_the_projector(name):
+    model = prune(family_model(name), Whole())
+    inputs = family_inputs(name, TEXTS)
+    states = []
+    tower = model.model.vision_tower
+    tower.encoder.layers[-2].register_forward_hook(lambda module, args, output: states.append(output))
+    model(**inputs)
+    (signals,) = SEEN
+    assert signals.features.requires_grad and signals.project(signals.features[:0]).shape == (0, 32)
+    assert torch.equal(signals.project(signals.features), model.model.multi_modal_projector(signals.features))
+    if name == "llava_onevision":
+        assert signals.class_features is None
+        return
+    patches = signals.tile >= 0
+    assert torch.equal(signals.class_features[patches], states[0][signals.tile[patches], 0])
+    assert not signals.class_features[~patches].any()
 
 
 def test_training_reads_without_gradients_and_leaves_no_hooks():

@@ -43,12 +43,17 @@ def newlines_of(grids):
     return [start + (row + 1) * columns - 1 for row in range(rows)]
 
 
+def tiles_of(grids):
+    """The number of patches of each tile: the first grid is one, and the second another."""
+    return tuple(rows * (columns - (number > 0)) for number, (rows, columns) in enumerate(grids))
+
+
 def layouts(segments):
     made = []
     for images in segments:
         spans, offset = [], 1
         for grids in images:
-            spans.append(ImageSpan(offset, length_of(grids), grids))
+            spans.append(ImageSpan(offset, length_of(grids), grids, tile_tokens=tiles_of(grids)))
             offset += length_of(grids) + 1
         made.append(SegmentLayout(offset + 3, tuple(spans), (offset + 1,), (offset + 2,)))
     return made
@@ -66,17 +71,30 @@ class Scene:
         attention = torch.rand(layers, total, generator=generator) ** 4 + 0.2  # quartiles well above 0
         keys = torch.randn(total, 6, generator=generator)
         self.hidden = torch.randn(total, 8, generator=generator, dtype=torch.float64)
-        tile, first = torch.zeros(total, dtype=torch.int64), 0
+        self.features, classes = torch.randn(2, total, 5, generator=generator, dtype=torch.float64).unbind()
+        self.weight = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+        tile, first, tiles = torch.zeros(total, dtype=torch.int64), 0, 0
         for grids, size in zip(self.images, sizes, strict=True):
             lost = [first + place for place in newlines_of(grids)]
+            for number, (rows, columns) in enumerate(grids):
+                before = first + sum(rows * columns for rows, columns in grids[:number])
+                tile[before : before + rows * columns] = tiles + number
+                classes[before : before + rows * columns] = classes[before : before + 1]
             attention[:, lost], keys[lost], tile[lost] = math.nan, 0.0, -1
+            self.features[lost], classes[lost] = 0.0, 0.0
             first += size
-        features = torch.randn(total, 5, generator=generator).masked_fill((tile < 0)[:, None], 0.0)
-        signals = EncoderSignals(attention, keys, tile, features)
+            tiles += len(grids)
+        self.classes, self.tile = classes, tile
+        signals = EncoderSignals(
+            attention, keys, tile, self.features, heads=2, class_features=classes, project=self.project
+        )
         self.candidates = Candidates(self.boundary, self.hidden, self.hidden, self.hidden[:0], encoder=signals)
         self.parts = list(
             zip(attention.split(sizes, dim=1), keys.split(sizes), self.hidden.split(sizes), strict=True)
         )  # fmt: skip
+
+    def project(self, features):
+        return torch.tanh(features.to(self.weight.dtype) @ self.weight)
 
     def of_images(self, selection):
         """[(chosen, contents)] of each image."""
@@ -242,7 +260,10 @@ METHODS = [
     PruMerge(),
     PruMerge(spatial=3, positions="keep"),
     PruMerge(keep=0.3, spatial=1),
+    PruMerge(variant="published", spatial=3),
+    PruMerge(variant="published", keep=0.3, spatial=1),
     VisionZip(keep=0.3, contextual=0.4),
+    VisionZip(keep=0.3, contextual=0.4, variant="published"),
 ]
 
 

@@ -21,6 +21,7 @@ from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.videos import ChangedVideo
 from vtprune_train.models.families.layout import ImageLayout, SampleImages, VisualTokens
+from vtprune_train.models.question import with_question
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
 
@@ -129,6 +130,9 @@ class Collator:
         """Lay samples end to end and plan their stages."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
         laid_out = [lay_out(sample.chat, self.layout.visual_tokens(sample.images.sizes)) for sample in loaded]
+        methods = (phase.method, None if phase.teacher is None else phase.teacher.method)
+        if any(method is not None and method.needs.question for method in methods):
+            laid_out = [(with_question(segment, ids, self.encoder.tokenizer), ids) for segment, ids in laid_out]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
         num_layers, teacher = self.cost.decoder.num_layers, None
         plan = plan_pass(segments, num_layers, phase.method)
@@ -257,7 +261,8 @@ def _spans(visuals: Sequence[VisualTokens], starts: Sequence[int]) -> Iterator[I
         else:
             one_each = len(runs) > 1 and len(visual.grids) == len(runs)
             for number, (start, length) in enumerate(runs):
-                yield ImageSpan(start, length, visual.grids[number : number + 1] if one_each else visual.grids)
+                grids = visual.grids[number : number + 1] if one_each else visual.grids
+                yield ImageSpan(start, length, grids, tile_tokens=visual.tile_tokens)
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

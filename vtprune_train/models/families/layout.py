@@ -140,13 +140,15 @@ class VisualTokens(NamedTuple):
     Args:
         runs: length of each run of adjacent tokens; an image has one.
         tiles: number of tiles (or patches, where a family has no tiles).
-        frames, grids: see :class:`~vtprune_train.core.stream.ImageSpan`. If ``frames`` is 0, each run is an image.
+        frames, grids, tile_tokens: see :class:`~vtprune_train.core.stream.ImageSpan`. If ``frames`` is 0, each run is
+            an image.
     """
 
     runs: tuple[int, ...]
     tiles: int = 0
     frames: int = 0
     grids: Grids = ()
+    tile_tokens: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -216,14 +218,15 @@ class ImageLayout(ImageGeometry):
             ValueError: the family's processor refuses a size.
         """
         sizes = [visual for visual in visuals if not isinstance(visual, Clip)]
-        images = iter(zip(self.tokens(sizes), self.tiles(sizes), self.grids(sizes), strict=True) if sizes else ())
+        known = (self.tokens, self.tiles, self.grids, self.tile_tokens)
+        images = zip(*(of(sizes) for of in known), strict=True) if sizes else iter(())
         tokens_of: list[VisualTokens] = []
         for visual in visuals:
             if isinstance(visual, Clip):
                 tokens_of.append(self.video_tokens(visual))
             else:
-                tokens, tiles, grids = next(images)
-                tokens_of.append(VisualTokens((tokens,), tiles, 0, grids))
+                tokens, tiles, grids, tile_tokens = next(images)
+                tokens_of.append(VisualTokens((tokens,), tiles, 0, grids, tile_tokens))
         return tokens_of
 
     def visual_pixels(
@@ -281,6 +284,11 @@ class ImageLayout(ImageGeometry):
         """The grids of each image's tokens, in their order, for the images of one sample."""
         return [() for _ in sizes]
 
+    def tile_tokens(self, sizes: Sequence[Size]) -> list[tuple[int, ...]]:
+        """The number of tokens of each tile, for the images of one sample; see
+        :class:`~vtprune_train.core.stream.ImageSpan`."""
+        return [() for _ in sizes]
+
     @abstractmethod
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
         """The vision tower's input for each image of one sample, [tiles, ...] float32."""
@@ -334,6 +342,10 @@ class GatheredTiles(ImageLayout):
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
         return [self.num_tiles(size) for size in sizes]
 
+    def tile_tokens(self, sizes: Sequence[Size]) -> list[tuple[int, ...]]:
+        every = [(self.visual_index(size), self.num_tiles(size)) for size in sizes]
+        return [tokens_per_tile(patches, self.patches_per_tile) for patches in every]
+
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
         every = [image_processor(images=image, return_tensors="pt")["pixel_values"][0] for image in images]
         return [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in every]
@@ -354,6 +366,12 @@ class GatheredTiles(ImageLayout):
             pixel_values=torch.cat(every) if every else blank,
             visual_index=torch.from_numpy(np.where(flat == NEWLINE, newline, flat)),
         )
+
+
+def tokens_per_tile(patches: TokenPatches, patches_per_tile: int) -> tuple[int, ...]:
+    """The number of an image's tokens in each of its tiles, without newlines."""
+    index, tiles = patches
+    return tuple(np.bincount(index[index != NEWLINE] // patches_per_tile, minlength=tiles).tolist())
 
 
 def check_aspect(size: Size, what: str = "an image") -> None:

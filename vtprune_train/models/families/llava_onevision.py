@@ -19,7 +19,15 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, 
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.layout import NEWLINE, Grids, SampleImages, Size, TokenPatches, VisionInputs
+from vtprune_train.models.families.layout import (
+    NEWLINE,
+    Grids,
+    SampleImages,
+    Size,
+    TokenPatches,
+    VisionInputs,
+    tokens_per_tile,
+)
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs, videos_and_frames
@@ -87,6 +95,9 @@ class OneVision(PooledVideos):
         )
         grid = np.pad(full[np.ix_(rows, columns)], ((0, 0), (0, 1)), constant_values=NEWLINE)
         return [(np.concatenate([base, grid.ravel()]), self.anyres.num_tiles(sizes[0]))]
+
+    def tile_tokens(self, sizes: Sequence[Size]) -> list[tuple[int, ...]]:
+        return [tokens_per_tile(patches, self.anyres.patches_per_tile) for patches in self.patches(sizes)]
 
     def _grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of features in the grid after downsampling, without newlines."""

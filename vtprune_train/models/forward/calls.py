@@ -35,12 +35,13 @@ _DENSE: ContextVar[frozenset[int]] = ContextVar("vtprune_dense", default=frozens
 
 
 class Visual(NamedTuple):
-    """The visual tokens of one image or video: their number, grids and steps in time (see
-    :class:`~vtprune_train.core.stream.ImageSpan`)."""
+    """The visual tokens of one image or video: their number, grids, steps in time and tiles (see
+    :class:`~vtprune_train.core.stream.ImageSpan`). ``tile_tokens`` is only known if the method reads the tower."""
 
     length: int
     grids: Grids = ()
     frames: int = 0
+    tile_tokens: tuple[int, ...] = ()
 
 
 @dataclass

@@ -424,13 +424,17 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
     """Signals of the tokens ``visual``, indexed as in ``_Walk.visual``; learned tokens get NaN attention, and
     zero keys and features."""
     known, learned = visual.clamp(min=0), visual < 0
-    return EncoderSignals(
-        signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
-        signals.keys.index_select(0, known).masked_fill(learned[:, None], 0.0),
-        signals.tile.index_select(0, known).masked_fill(learned, -1),
-        None
-        if signals.features is None
-        else signals.features.index_select(0, known).masked_fill(learned[:, None], 0.0),
+
+    def rows(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.index_select(0, known).masked_fill(learned[:, None], 0.0)
+
+    return replace(
+        signals,
+        attention=signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
+        keys=rows(signals.keys),
+        tile=signals.tile.index_select(0, known).masked_fill(learned, -1),
+        features=rows(signals.features),
+        class_features=rows(signals.class_features),
     )
 
 

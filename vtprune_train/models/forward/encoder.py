@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
-from vtprune_train.pruning.needs import EncoderRows
+from vtprune_train.pruning.needs import Needs, TowerLayer
 
 MAPS = 4  # number of full attention maps in memory at once
 
@@ -58,18 +59,23 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
         raise ValueError(f"{method.name}: {error}") from error
 
 
-def layers_read(config: Any, wanted: Sequence[int | float]) -> list[int]:
+def layers_read(config: Any, wanted: Sequence[TowerLayer]) -> list[int]:
     """Resolve ``wanted`` to vision-tower layer indices. Negative indices count back from the layer that feeds the
     projector (-1); negative indices before the first layer are ignored. A float is a share of the depth, from 0.0 (the
-    first layer) to 1.0 (the layer that feeds the projector), rounded half to even.
+    first layer) to 1.0 (the layer that feeds the projector), rounded half to even. ``last`` is the tower's last layer.
 
     Raises:
         ValueError: a layer does not exist, or no layer remains.
     """
     depth = config.vision_config.num_hidden_layers
     last = max(feature_states(config)) - 1
-    whole = [round(layer * last) if isinstance(layer, float) else layer for layer in wanted]
-    layers = [layer if layer >= 0 else last + 1 + layer for layer in whole]
+    numbers: list[int] = []
+    for layer in wanted:
+        if layer == "last":
+            numbers.append(depth - 1)
+        else:
+            numbers.append(round(layer * last) if isinstance(layer, float) else layer)
+    layers = [layer if layer >= 0 else last + 1 + layer for layer in numbers]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
             f"the vision tower has no layer {beyond[0]}: it has {depth}, counted from 0; use 0 to {last}, or a "
@@ -85,17 +91,19 @@ def layers_read(config: Any, wanted: Sequence[int | float]) -> list[int]:
 
 
 class Reading:
-    """Captured tensors of one vision-tower run: per layer, queries (only the class token's if it exists and ``asked``
-    is ``class``) and keys [P, S, M]; and, if ``wants_features``, the input of the projector [P, S, projector input]."""
+    """Captured tensors of one vision-tower run, as far as ``needs`` asks for them: per layer, queries (only the class
+    token's if it exists and ``encoder_rows`` is ``class``) and keys [P, S, M]; the input of the projector
+    [P, S, projector input]; and the class token's part of the same hidden states, [P, hidden] each."""
 
-    def __init__(
-        self, config: Any, wanted: Sequence[int | float], asked: EncoderRows = "class", wants_features: bool = False
-    ):
+    def __init__(self, config: Any, needs: Needs):
+        self.needs = needs
         self.class_tokens = class_tokens(config.vision_config)
-        self.rows = self.class_tokens if asked == "class" else 0  # 0: all
-        self.layers = layers_read(config, wanted) if wanted else []
-        self.wants_features = wants_features
+        self.rows = self.class_tokens if needs.encoder_rows == "class" else 0  # 0: all
+        self.layers = layers_read(config, needs.encoder_layers) if needs.encoder_layers else []
+        self.states = feature_states(config) if needs.class_features and self.class_tokens else []
         self.features: Tensor | None = None
+        self.class_features: dict[int, Tensor] = {}
+        self.projector: nn.Module | None = None
         self.queries: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
         self.vision = config.vision_config
@@ -104,8 +112,13 @@ class Reading:
 
     def hook(self, tower: HFModule, projector: nn.Module | None = None) -> list[Any]:
         handles = []
-        if self.wants_features and projector is not None:
+        self.projector = projector
+        if self.needs.encoder_features and projector is not None:
             handles.append(projector.register_forward_pre_hook(self._note_features()))
+        for state in set(self.states):
+            layer = tower.encoder.layers[max(state - 1, 0)]
+            note = self._note_class(state)
+            handles.append(layer.register_forward_hook(note) if state else layer.register_forward_pre_hook(note))
         for layer in set(self.layers):
             attention = tower.encoder.layers[layer].self_attn
             handles.append(attention.q_proj.register_forward_hook(self._note(self.queries, layer, self.rows)))
@@ -129,11 +142,22 @@ class Reading:
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if threading.get_ident() == reader:
-                self.features = args[0].detach()
+                self.features = args[0] if self.needs.merges_features else args[0].detach()
 
         return note
 
-    @torch.no_grad()
+    def _note_class(self, state: int) -> Any:
+        """A hook after layer ``state - 1``, or before layer 0."""
+        reader = threading.get_ident()
+
+        def note(module: nn.Module, args: Any, output: Any = None) -> None:
+            if threading.get_ident() == reader:
+                hidden = args[0] if output is None else output[0] if isinstance(output, tuple) else output
+                noted = hidden[:, 0]
+                self.class_features[state] = noted if self.needs.merges_features else noted.detach()
+
+        return note
+
     def signals(self, index: Tensor) -> EncoderSignals:
         """The signals of visual tokens.
 
@@ -149,7 +173,7 @@ class Reading:
                 "by torch.compile before prune runs no hooks; compile it with "
                 "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
             )
-        if self.wants_features and self.features is None:
+        if self.needs.encoder_features and self.features is None:
             raise ValueError(
                 "the input of the multimodal projector could not be read, because its hooks did not run; do not "
                 "compile the projector with torch.compile"
@@ -165,18 +189,40 @@ class Reading:
         def of_tokens(rows_PNM: Tensor) -> Tensor:
             return rows_PNM.flatten(0, 1).index_select(0, patch).masked_fill(~shows[:, None], 0.0)
 
-        features = None if features_PNM is None else of_tokens(features_PNM)
+        class_features = None
+        if self.states:
+            classes_PM = torch.cat([self.class_features[state] for state in self.states], dim=-1)
+            class_features = of_tokens(classes_PM[:, None].expand(-1, patches, -1))
+        attention = torch.zeros(0, len(index), device=index.device)
+        signals = EncoderSignals(
+            attention,
+            keys=attention.new_zeros(len(index), 0),
+            tile=tile,
+            features=None if features_PNM is None else of_tokens(features_PNM),
+            class_features=class_features,
+            project=self._project if self.needs.merges_features else None,
+        )
         if keys_PNM is None:
-            attention = torch.zeros(0, len(index), device=index.device)
-            return EncoderSignals(attention, attention.new_zeros(len(index), 0), tile, features)
+            return signals
         received = {layer: self._received(layer) for layer in set(self.layers)}
         attention = torch.stack([received[layer] for layer in self.layers]).index_select(1, patch)
-        return EncoderSignals(attention.masked_fill(~shows, torch.nan), of_tokens(keys_PNM), tile, features)
+        return replace(
+            signals, attention=attention.masked_fill(~shows, torch.nan), keys=of_tokens(keys_PNM), heads=self.heads
+        )
 
+    def _project(self, features: Tensor) -> Tensor:
+        """[n, projector input] -> [n, C]: calls the projector's own forward, so that its hooks gather its parameters
+        when they are sharded."""
+        assert self.projector is not None, "the projector was hooked"
+        projected: Tensor = self.projector(features.unsqueeze(0)).squeeze(0)
+        return projected
+
+    @torch.no_grad()
     def _received(self, layer: int) -> Tensor:
         """[P * N] float32, attention each patch receives in a layer, averaged over heads and queries."""
-        queries_PQHD = self.queries[layer].unflatten(-1, (self.heads, -1))
-        keys_PSHD = self.keys[layer].unflatten(-1, (self.heads, -1))
+        heads = 1 if self.needs.encoder_heads == "joined" else self.heads
+        queries_PQHD = self.queries[layer].unflatten(-1, (heads, -1))
+        keys_PSHD = self.keys[layer].unflatten(-1, (heads, -1))
         at_a_time = max(1, len(queries_PQHD)) if self.rows else MAPS
         rows = []
         for queries, keys in zip(queries_PQHD.split(at_a_time), keys_PSHD.split(at_a_time), strict=True):
@@ -194,8 +240,7 @@ def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | 
     if method is None or not method.needs.from_tower:
         yield None
         return
-    needs = method.needs
-    notes = Reading(base.config, needs.encoder_layers, needs.encoder_rows, needs.encoder_features)
+    notes = Reading(base.config, method.needs)
     handles = notes.hook(base.vision_tower, base.multi_modal_projector)
     try:
         with eager(base.vision_tower):
@@ -223,17 +268,26 @@ def patch_index(patches_of_image: Sequence[tuple[np.ndarray, int]], patches: int
 def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:
     """The signals of each image's tokens."""
     sizes = list(lengths)
-    features = [None] * len(sizes) if signals.features is None else signals.features.split(sizes)
-    parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes), features
-    return [EncoderSignals(*part) for part in zip(*parts, strict=True)]
+    optional = [
+        [None] * len(sizes) if tensor is None else tensor.split(sizes)
+        for tensor in (signals.features, signals.class_features)
+    ]
+    parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes), *optional
+    return [
+        replace(signals, attention=attention, keys=keys, tile=tile, features=features, class_features=class_features)
+        for attention, keys, tile, features, class_features in zip(*parts, strict=True)
+    ]
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
     """Concatenate the signals of several images."""
     features = [image.features for image in images if image.features is not None]
-    return EncoderSignals(
-        torch.cat([image.attention for image in images], dim=1),
-        torch.cat([image.keys for image in images]),
-        torch.cat([image.tile for image in images]),
-        torch.cat(features) if features else None,
+    class_features = [image.class_features for image in images if image.class_features is not None]
+    return replace(
+        images[0],
+        attention=torch.cat([image.attention for image in images], dim=1),
+        keys=torch.cat([image.keys for image in images]),
+        tile=torch.cat([image.tile for image in images]),
+        features=torch.cat(features) if features else None,
+        class_features=torch.cat(class_features) if class_features else None,
     )

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import required
-from vtprune_train.models.families.layout import Grids
+from vtprune_train.models.families.layout import Grids, tokens_per_tile
 from vtprune_train.models.forward.calls import Call, State, Visual, by_name
 from vtprune_train.models.forward.encoder import joined, patch_index, patches_per_tile, per_image, reading
 from vtprune_train.pruning.candidates import EncoderSignals
@@ -32,6 +32,7 @@ class _Seen:
     encoder: EncoderSignals | None = None
     frames: int = 0
     length: int = 0
+    tile_tokens: tuple[int, ...] = ()
 
 
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +45,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     images = features.pooler_output
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
+    tile_tokens: list[tuple[int, ...]] = [()] * len(lengths)
     if read is not None and state.method is not None:
         shown = required(state.family.patches, state.family.title)(self.config, inputs)
         if [len(index) for index, _ in shown] != lengths:
@@ -54,9 +56,11 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
+        tile_tokens = [tokens_per_tile(patches, patches_per_tile(self.config)) for patches in shown]
     grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
-        _attach(images, [_Seen(*seen) for seen in zip(grids, encoders, strict=True)])
+        seen = zip(grids, encoders, tile_tokens, strict=True)
+        _attach(images, [_Seen(grid, encoder, tile_tokens=tokens) for grid, encoder, tokens in seen])
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
@@ -168,7 +172,9 @@ def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> 
                 "this model's get_image_features; pass pixel_values instead"
             )
         return
-    call.images = [Visual(length, image.grids) for length, image in zip(lengths, seen, strict=True)]
+    call.images = [
+        Visual(length, image.grids, tile_tokens=image.tile_tokens) for length, image in zip(lengths, seen, strict=True)
+    ]
     encoders = [image.encoder for image in seen if image.encoder is not None]
     call.encoder = joined(encoders) if encoders else None
 

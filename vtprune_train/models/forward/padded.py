@@ -30,6 +30,7 @@ from vtprune_train.models.forward.decoder import DecoderOutput, check_attention,
 from vtprune_train.models.forward.linear_attention import layers_that_attend
 from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
+from vtprune_train.models.question import tokenizer_at, with_question
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
@@ -251,6 +252,7 @@ def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, ca
                 spans=tuple(_span(*known) for known in zip(runs, conversation.layouts[row], strict=True)),
                 query_offsets=tuple(before + offset for offset in segment.query_offsets),
                 key=segment.key,
+                question=segment.question,
             )
         )
     call.segments = segments
@@ -423,7 +425,11 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         # Query rows: the row before each supervised run; without labels, the last prompt token.
         queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
         queries = queries or [prompt - 1]
-        segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
+        segment = SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key)
+        if ids is not None and spans and state.method is not None and state.method.needs.question:
+            path = None if state.source is None else state.source.name
+            segment = with_question(segment, ids[row][real[row]], tokenizer_at(path, state.method.name))
+        segments.append(segment)
     for what, given, left in (("images", call.images, images), ("videos", call.videos, videos)):
         if left:
             raise ValueError(f"got {len(given)} {what}, but input_ids hold the tokens of {len(given) - len(left)}")
@@ -498,7 +504,8 @@ def _image_spans(
                     f"row {row} has more image tokens than the {num_images} images have; pass pixel_values of every "
                     "image whose tokens are in input_ids (all that are not cached yet)"
                 )
-            spans.append(ImageSpan(offset, *remaining.pop(0)))
+            image = remaining.pop(0)
+            spans.append(ImageSpan(offset, image.length, image.grids, tile_tokens=image.tile_tokens))
             offset = spans[-1].end
         if offset != start + length:
             raise ValueError(

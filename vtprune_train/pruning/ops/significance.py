@@ -48,6 +48,29 @@ def sizes_before(boundary: Boundary) -> list[int]:
     return [span.before for span in boundary.spans]
 
 
+def parts_of(boundary: Boundary) -> list[list[tuple[int, int]]]:
+    """For each image, the number of tokens of each of its tiles, and of its newlines, in the order of :func:`by_tile`,
+    each with the number to keep by a drop point of :class:`~vtprune_train.pruning.schedules.stages.OfEachTile`. An
+    image without known tiles has one part."""
+    parts = []
+    for span in boundary.spans:
+        tiles = [(tokens, boundary.drop.kept(tokens, tokens)) for tokens in span.tile_tokens if tokens]
+        newlines = span.before - sum(tokens for tokens, _ in tiles)
+        if not tiles:
+            parts.append([(span.before, span.after)] if span.before else [])
+        else:
+            parts.append([*tiles, (newlines, 0)] if newlines else tiles)
+    return parts
+
+
+def by_tile(tile_V: Tensor, boundary: Boundary) -> Tensor:
+    """[V] int64, the candidates of each image, tile by tile in their order, and then the newlines."""
+    span_V = boundary.span_of_visual
+    last = torch.where(tile_V < 0, torch.iinfo(tile_V.dtype).max, tile_V)
+    order = torch.sort(last, stable=True).indices
+    return order.index_select(0, torch.sort(span_V.index_select(0, order), stable=True).indices)
+
+
 def ranked(scores_V: Tensor, number: Tensor) -> Tensor:
     """[V] int64: token order: sorted by ``number`` ascending, then score descending, then index."""
     order = torch.sort(scores_V, descending=True, stable=True).indices
@@ -75,3 +98,14 @@ def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights
     # dividing by a tiny number would give infinite gradients
     shares = shares / torch.where(total > torch.finfo(wide.dtype).tiny, total, 1.0)[:, None]
     return (kept_hidden + (shares @ merged_hidden - shares.sum(dim=1, keepdim=True) * kept_hidden)).to(hidden.dtype)
+
+
+def projected(
+    candidates: Candidates, signals: EncoderSignals, features_KM: Tensor, merges_K: Tensor, chosen: Tensor
+) -> Tensor:
+    """[K, C]: ``features_KM``, merged features of the vision tower, after the projector; where ``merges_K`` is false,
+    the hidden states of the tokens ``chosen`` instead. Calls the projector also if K is 0."""
+    hidden = candidates.hidden.index_select(0, chosen)
+    if signals.project is None:  # no image, and the tower did not run
+        return hidden
+    return torch.where(merges_K[:, None], signals.project(features_KM).to(hidden.dtype), hidden)

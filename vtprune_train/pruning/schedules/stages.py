@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from vtprune_train.core.rounding import floor_of
-from vtprune_train.core.stream import Drop
+from vtprune_train.core.stream import Drop, ImageSpan
 
 
 def quarters(num_layers: int, num_drops: int) -> tuple[int, ...]:
@@ -106,3 +106,12 @@ class AtLeastOne(Drop):
 
     def kept(self, length: int, before: int) -> int:
         return min(before, max(1, floor_of(self.keep, length)))
+
+
+class OfEachTile(AtLeastOne):
+    """Keeps the same share of each tile of an image, and none of the newlines. An image without known tiles, or one of
+    which an earlier method dropped tokens, counts as one tile."""
+
+    def kept_of(self, span: ImageSpan, length: int, before: int) -> int:
+        tiles = span.tile_tokens if before == span.length else ()
+        return sum(self.kept(tokens, tokens) for tokens in tiles) if tiles else self.kept(length, before)
