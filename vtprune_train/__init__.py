@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.combined import Combined
     from vtprune_train.pruning.methods.cdpruner import CDPruner
     from vtprune_train.pruning.methods.divprune import DivPrune
+    from vtprune_train.pruning.methods.downsample import Downsample
     from vtprune_train.pruning.methods.dycoke import DyCoke
     from vtprune_train.pruning.methods.evs import EVS
     from vtprune_train.pruning.methods.fastv import FastV
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
     from vtprune_train.pruning.methods.random_tokens import Random
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+    from vtprune_train.pruning.methods.tome import ToMe
     from vtprune_train.pruning.methods.uniform import Uniform
     from vtprune_train.pruning.methods.victor import Victor
     from vtprune_train.pruning.methods.vidcom2 import VidCom2
@@ -69,6 +71,7 @@ __all__ = [
     "Candidates",
     "Combined",
     "DivPrune",
+    "Downsample",
     "Drop",
     "DyCoke",
     "EncoderSignals",
@@ -87,6 +90,7 @@ __all__ = [
     "Selection",
     "Share",
     "SparseVLM",
+    "ToMe",
     "Uniform",
     "Victor",
     "VidCom2",
@@ -118,6 +122,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.combined": ("Combined",),
         "pruning.methods.cdpruner": ("CDPruner",),
         "pruning.methods.divprune": ("DivPrune",),
+        "pruning.methods.downsample": ("Downsample",),
         "pruning.methods.dycoke": ("DyCoke",),
         "pruning.methods.evs": ("EVS",),
         "pruning.methods.fastv": ("FastV",),
@@ -132,6 +137,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.pyramiddrop": ("PyramidDrop",),
         "pruning.methods.random_tokens": ("Random",),
         "pruning.methods.sparsevlm": ("SparseVLM",),
+        "pruning.methods.tome": ("ToMe",),
         "pruning.methods.uniform": ("Uniform",),
         "pruning.methods.victor": ("Victor",),
         "pruning.methods.vidcom2": ("VidCom2",),

@@ -166,6 +166,7 @@ class Estimate:
     head: float
     selector: float
     vision: float | None
+    vision_dense: float | None
     not_counted: str | None
     prefill_decoder: Cost
     prefill_whole: Cost | None
@@ -209,9 +210,10 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
         forward = TrainingCost(decoder, tower, trains_decoder=False, trains_tower=False, trains_projector=False)
-        vision = sample.batch * float(forward.vision(tiles, frames).sum())
-        prefill_whole = _total([prefill], vision)
-        step_whole = _total([step], sample.batch * float(cost.vision(tiles, frames).sum()))
+        vision = _vision(forward, tiles, frames, subject.method, sample.batch)
+        prefill_whole = _total([prefill], vision.dense, vision.pruned)
+        step_vision = _vision(cost, tiles, frames, subject.method, sample.batch)
+        step_whole = _total([step], step_vision.dense, step_vision.pruned)
     return Estimate(
         model=subject.name,
         family=_family(subject.config),
@@ -228,7 +230,8 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         stages=stages,
         head=head,
         selector=selector,
-        vision=vision,
+        vision=None if vision is None else vision.pruned,
+        vision_dense=None if vision is None else vision.dense,
         not_counted=not_counted,
         prefill_decoder=prefill,
         prefill_whole=prefill_whole,
@@ -309,6 +312,14 @@ def _tiles(
         per_tile = tower.patches // tower.merge
         return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
     return np.array(known), None
+
+
+def _vision(
+    cost: TrainingCost, tiles: np.ndarray, frames: np.ndarray, method: PruningMethod | None, batch: int
+) -> Cost:
+    """Cost of tower and projector for a batch."""
+    dense, pruned = (float(cost.vision(tiles, frames, of).sum()) for of in (None, method))
+    return Cost(batch * dense, batch * pruned)
 
 
 def _total(costs: Sequence[Cost], dense: float = 0.0, pruned: float | None = None) -> Cost:

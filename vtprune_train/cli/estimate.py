@@ -58,6 +58,8 @@ def render(result: Estimate, *, published: bool = False) -> str:
     lines += _visual_lines(result)
     lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
     vision = result.not_counted if result.vision is None else f"{result.vision / scale:.3f} {unit} forward"
+    if result.vision_dense != result.vision:
+        vision += f", dense {result.vision_dense / scale:.3f} {unit}"
     lines += [f"tower and projector {vision}"]
     lines += ["", *_totals(result)]
     if published:

@@ -43,6 +43,8 @@ METHODS: dict[str, str] = {
     "zipvl": "vtprune_train.pruning.methods.zipvl:ZipVL",
     "random": "vtprune_train.pruning.methods.random_tokens:Random",
     "uniform": "vtprune_train.pruning.methods.uniform:Uniform",
+    "downsample": "vtprune_train.pruning.methods.downsample:Downsample",
+    "tome": "vtprune_train.pruning.methods.tome:ToMe",
     "pool": "vtprune_train.pruning.methods.pool:Pool",
 }
 

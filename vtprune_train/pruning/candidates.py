@@ -42,11 +42,14 @@ class EncoderSignals:
             is ``all``, the mean over all tokens of its tile.
         keys: [V, tower hidden], keys of the last of those layers, heads concatenated.
         tile: [V] int64, batch-wide index of each token's tile; -1 for tokens that are not patches.
+        group: [V] int64, batch-wide index of the token of the tower that holds each patch, if :attr:`Needs.tower` is
+            set (``attention`` and ``keys`` are then empty); -1 for tokens that are not patches.
     """
 
     attention: Tensor
     keys: Tensor
     tile: Tensor
+    group: Tensor | None = None
 
 
 @dataclass
@@ -62,7 +65,8 @@ class Candidates:
             the same as ``hidden``.
         instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
         ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
-        encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers`.
+        encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers` or
+            :attr:`Needs.tower`.
         memory: scratch space for this method during one forward pass; empty at its first drop point.
         module: the module returned by :meth:`PruningMethod.module`.
         training: whether gradients are needed.

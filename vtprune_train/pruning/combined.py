@@ -38,6 +38,7 @@ class Combined(PruningMethod):
             raise ValueError(f"combinations cannot be nested ({nested[0]}); put all methods into one list")
         for what, users in (
             ("the vision tower's attention", [m.name for m in self.methods if m.needs.encoder_layers]),
+            ("the vision tower (its attention or its tokens)", [m.name for m in self.methods if m.needs.reads_tower]),
             ("the choice of keys to keep in the key-value cache", [m.name for m in self.methods if _chooses_keys(m)]),
         ):
             if len(users) > 1:
@@ -52,12 +53,13 @@ class Combined(PruningMethod):
     def needs(self) -> Needs:
         """Merged needs of all parts, except ranking, positions and gradients, which the loop reads from each part."""
         needs = [method.needs for method in self.methods]
-        tower = next((need for need in needs if need.encoder_layers), Needs())
+        tower = next((need for need in needs if need.reads_tower), Needs())
         keys = next((method.needs for method in self.methods if _chooses_keys(method)), Needs())
         return Needs(
             multi_turn="keep_dense" if any(need.multi_turn == "keep_dense" for need in needs) else "drop",
             encoder_layers=tower.encoder_layers,
             encoder_rows=tower.encoder_rows,
+            tower=tower.tower,
             hidden_after=keys.hidden_after,
             hides_front=any(need.hides_front for need in needs),
         )
@@ -70,6 +72,7 @@ class Combined(PruningMethod):
         ]
         drops.sort(key=lambda drop: drop.layer)  # stable sort: methods that drop at the same layer act in list order
         _check_frames(self.methods, drops)
+        _check_tower(self.methods, drops)
         _check_returns(self.methods, drops)
         _check_learned(self.methods, drops)
         _check_ranking(self.methods, drops)
@@ -145,6 +148,18 @@ def _check_frames(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None
             raise ValueError(
                 f"{name} compares whole frames of a video, but {other} drops tokens before it (before layer "
                 f"{before[0].layer}); {same}" + (", or remove one of them" if before[0].compares_frames else "")
+            )
+
+
+def _check_tower(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
+    """Reject a drop before that of a method that merges tokens inside the vision tower, whose tokens all patches of a
+    group still repeat."""
+    first = methods[drops[0].owner] if drops else None
+    for method in methods:
+        if method.needs.tower is not None and first is not None and method is not first:
+            raise ValueError(
+                f"{method.name} changes the vision tower's tokens, so no method may drop before it, but {first.name} "
+                f"drops before layer {drops[0].layer}; list {method.name} first"
             )
 
 

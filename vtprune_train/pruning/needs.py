@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import InstanceOf
+
 from vtprune_train.pruning.setting_types import Settings
+from vtprune_train.pruning.tower import TowerChange
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
@@ -33,6 +36,7 @@ class Needs(Settings):
             from the end, and -1 is the last layer whose features the decoder receives.
         encoder_rows: which attention to read: that of the class token (``class``), or the mean over all tokens of the
             tile (``all``).
+        tower: how the tokens inside the vision tower change; not together with ``encoder_layers``.
         hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
             query row that follows the image (``query``), or right after the image's span (``span``).
         hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
@@ -47,5 +51,11 @@ class Needs(Settings):
     multi_turn: MultiTurn = "drop"
     encoder_layers: tuple[int, ...] = ()
     encoder_rows: EncoderRows = "class"
+    tower: InstanceOf[TowerChange] | None = None
     hidden_after: HiddenAfter = "query"
     hides_front: bool = False
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether :attr:`Candidates.encoder` is needed."""
+        return bool(self.encoder_layers) or self.tower is not None

@@ -109,7 +109,13 @@ class StepCosts:
         lengths = stage_lengths(measured.text, *spans, drops, measured.span_frames, phase.per)
         layers = layers_per_stage(drops, num_layers)
         costs = self.cost.sample(
-            lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
+            lengths,
+            layers,
+            measured.span_tiles,
+            measured.supervised,
+            measured.span_sample,
+            measured.span_frames,
+            phase.method,
         )
         if phase.teacher is not None:
             drops, per = phase.teacher.method.drops(num_layers), phase.teacher.method.per

@@ -325,7 +325,7 @@ class _Walk:
         else:
             hidden = before = stream.index_select(0, boundary.visual_rows)
             visual = self.visual
-        encoder = self.encoder if part.needs.encoder_layers else None
+        encoder = self.encoder if part.needs.reads_tower else None
         return Candidates(
             boundary=self.staging.ranked_boundaries[index] if self.staging.ranked_boundaries else boundary,
             hidden=hidden,
@@ -428,6 +428,7 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
         signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
         signals.keys.index_select(0, known).masked_fill(learned[:, None], 0.0),
         signals.tile.index_select(0, known).masked_fill(learned, -1),
+        None if signals.group is None else signals.group.index_select(0, known).masked_fill(learned, -1),
     )
 
 

@@ -20,8 +20,10 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Family, required
 from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
+from vtprune_train.models.forward.calls import State
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
+from vtprune_train.models.forward.tower_tokens import Change, changing, check_change
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 from vtprune_train.pruning.needs import EncoderRows
@@ -35,6 +37,12 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
     Raises:
         ValueError: the message names the method, the family and alternatives.
     """
+    if method.needs.tower is not None:
+        try:
+            check_change(config, family, method.needs)
+        except ValueError as error:
+            name = method.needs.tower.name
+            raise ValueError(f"{name}: {error}") from error
     if not method.needs.encoder_layers:
         return
     instead = "use a method that does not need it, for example divprune or cdpruner"
@@ -154,10 +162,14 @@ class Reading:
 
 
 @contextmanager
-def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
-    """Context manager that captures what ``method`` needs from the vision tower of ``base``; yields ``None`` if it
-    needs nothing. The hooks are removed afterwards, before activation checkpointing runs a layer again. A compiled
-    tower runs eagerly inside the context."""
+def reading(base: HFModule, state: State, method: PruningMethod | None) -> Iterator[Reading | Change | None]:
+    """Context manager that captures what ``method`` needs from the vision tower of ``base``, or changes the tower's
+    tokens for it; yields ``None`` if it needs nothing. The hooks are removed afterwards, before activation
+    checkpointing runs a layer again. A compiled tower runs eagerly inside the context."""
+    if method is not None and method.needs.tower is not None:
+        with changing(base.config, state, method.needs.tower) as change, eager(base.vision_tower):
+            yield change
+        return
     if method is None or not method.needs.encoder_layers:
         yield None
         return
@@ -190,13 +202,16 @@ def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSi
     """The signals of each image's tokens."""
     sizes = list(lengths)
     parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes)
-    return [EncoderSignals(*part) for part in zip(*parts, strict=True)]
+    groups = [None] * len(sizes) if signals.group is None else signals.group.split(sizes)
+    return [EncoderSignals(*part) for part in zip(*parts, groups, strict=True)]
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
     """Concatenate the signals of several images."""
+    groups = [image.group for image in images if image.group is not None]
     return EncoderSignals(
         torch.cat([image.attention for image in images], dim=1),
         torch.cat([image.keys for image in images]),
         torch.cat([image.tile for image in images]),
+        torch.cat(groups) if groups else None,
     )

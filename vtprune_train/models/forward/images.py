@@ -39,7 +39,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     image in the current call."""
     inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
-    with reading(self, state.method) as read:
+    with reading(self, state, state.method) as read:
         features = original(**{**inputs, "return_dict": True})
     images = features.pooler_output
     lengths = state.family.image_lengths(images)
@@ -69,10 +69,11 @@ def get_video_features(self: HFModule, original: Callable[..., Any], state: Stat
     Raises:
         ValueError: the method reads the vision tower's attention.
     """
-    if state.method is not None and state.method.needs.encoder_layers:
+    if state.method is not None and state.method.needs.reads_tower:
+        how = "changes the vision tower's tokens" if state.method.needs.tower else "needs the vision tower's attention"
         raise ValueError(
-            f"{state.method.name} needs the vision tower's attention, which is not available for videos; use a method "
-            "that does not need it, for example divprune or cdpruner"
+            f"{state.method.name} {how}, which is not available for videos; use a method that does not need it, for "
+            "example divprune or cdpruner"
         )
     inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
@@ -162,9 +163,9 @@ def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> 
     lengths, seen = state.family.image_lengths(list(images)), _attached(images)
     call.images = [Visual(length) for length in lengths]
     if len(seen) < len(lengths):
-        if state.method is not None and state.method.needs.encoder_layers:
+        if state.method is not None and state.method.needs.reads_tower:
             raise ValueError(
-                f"{state.method.name} needs the vision tower's attention, but the image features were not computed by "
+                f"{state.method.name} reads the vision tower while it runs, but the image features were not computed by "
                 "this model's get_image_features; pass pixel_values instead"
             )
         return

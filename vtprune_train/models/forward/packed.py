@@ -23,6 +23,7 @@ from vtprune_train.models.forward.calls import STATE, State
 from vtprune_train.models.forward.decoder import HEAD, TOWER, DecoderOutput, Staging, run_layers
 from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.forward.head import Teaching
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
 
@@ -69,7 +70,7 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     if state.rank_by is not None:
         raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    with reading(self, state.method) as read, record_function(TOWER):
+    with reading(self, state, _tower_method(state, batch)) as read, record_function(TOWER):
         tables = _feature_tables(self, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
     deepstack: tuple[Tensor, ...] = ()
@@ -89,6 +90,25 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
             )
     student = self.language_model(embeds_TC, batch.plan, batch.positions, encoder, deepstack, batch.visual_rows)
     return *student, taught_RC
+
+
+def _tower_method(state: State, batch: PackedBatch) -> PruningMethod | None:
+    """The method that the tower runs with: if it changes the tower's tokens, the one of this step's schedule, which
+    does not change them while all tokens are kept.
+
+    Raises:
+        ValueError: the student and its teacher need different towers.
+    """
+    if state.method is None or state.method.needs.tower is None:
+        return state.method
+    if batch.teacher is not None:
+        raise ValueError(
+            f"{state.method.name} changes the vision tower's tokens, but the two passes of a full-token step with a "
+            "consistency loss share one run of the tower; set pruning.full_tokens.weight=0, or use a method that drops "
+            "tokens after the tower"
+        )
+    method: PruningMethod | None = batch.plan.outline.method
+    return method
 
 
 def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
