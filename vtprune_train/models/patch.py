@@ -358,10 +358,13 @@ def _install(model: HFModule, state: State) -> None:
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", tower_attention.forward))
             tower_attention.replace_config(tower, state.tower_backend)
     if state.method is not None and state.method.needs.tower is not None:
-        for name, tower in tower_attention.towers(model.get_submodule(f"{family.base}.vision_tower")).items():
+        for name in tower_attention.towers(model.get_submodule(f"{family.base}.vision_tower")):
             place = f"{family.base}.vision_tower.{name}".rstrip(".")
-            replacements.append((place, "forward", tower_tokens.forward_tower))
-            replacements.append((f"{place}.encoder", "forward", tower_tokens.forward_encoder))
+            replacements += [
+                (place, "forward", tower_tokens.forward_tower),
+                (f"{place}.embeddings", "interpolate_pos_encoding", tower_tokens.interpolated_positions),
+                (f"{place}.encoder", "forward", tower_tokens.forward_encoder),
+            ]
         replacements.append((f"{family.base}.multi_modal_projector", "forward", tower_tokens.forward_projector))
     for index, layer in enumerate(model.get_submodule(family.decoder).layers):
         if MIXER in layer._modules:

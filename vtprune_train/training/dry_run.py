@@ -148,9 +148,7 @@ def _samples(layout: ImageLayout, method: PruningMethod | None, cost: TrainingCo
     return lines
 
 
-def _sample_line(
-    label: str, of: VisualTokens, text: int, method: PruningMethod | None, cost: TrainingCost
-) -> str:
+def _sample_line(label: str, of: VisualTokens, text: int, method: PruningMethod | None, cost: TrainingCost) -> str:
     drops = () if method is None else method.drops(cost.decoder.num_layers)
     per: Per = "video" if method is None else method.per
     visual = np.array([of.total] if of.frames else of.runs)
@@ -161,9 +159,7 @@ def _sample_line(
     return f"{label:>12}{of.tiles:>8}{text:>6}  {stages:<30}{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
 
 
-def _video_lines(
-    layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, max_length: int
-) -> list[str]:
+def _video_lines(layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, max_length: int) -> list[str]:
     """A table row for a 30 s video with the run's sampling, and a description of the video."""
     clip = layout.clip(SHORT_VIDEO)
     [of] = layout.visual_tokens([clip])
@@ -308,12 +304,7 @@ def _largest_micro_batches(
 
 
 def _worst_micro_batch(
-    config: Config,
-    layout: ImageLayout,
-    method: PruningMethod | None,
-    cost: TrainingCost,
-    batch: MicroBatch,
-    steps: int,
+    config: Config, layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, batch: MicroBatch, steps: int
 ) -> list[str]:
     drops = () if method is None else method.drops(cost.decoder.num_layers)
     per: Per = "video" if method is None else method.per

@@ -165,8 +165,8 @@ def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> 
     if len(seen) < len(lengths):
         if state.method is not None and state.method.needs.reads_tower:
             raise ValueError(
-                f"{state.method.name} reads the vision tower while it runs, but the image features were not computed by "
-                "this model's get_image_features; pass pixel_values instead"
+                f"{state.method.name} needs the vision tower to run, but the image features were not computed by this "
+                "model's get_image_features; pass pixel_values instead"
             )
         return
     call.images = [Visual(length, image.grids) for length, image in zip(lengths, seen, strict=True)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.modeling_outputs import BaseModelOutput
 
+from vtprune_train.core.flops import Grid
+from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Family, required
 from vtprune_train.models.families.towers import tile_tower
@@ -91,8 +93,8 @@ class Change:
         """
         if self.groups is None:
             raise ValueError(
-                f"{self.change.name} changes the tokens of the vision tower, but the tower's forward was replaced after "
-                "prune; replace it before"
+                f"{self.change.name} changes the tokens of the vision tower, but the tower's forward was replaced "
+                "after prune; replace it before"
             )
         tiles, patches = self.groups.shape
         shows = (index >= 0) & (index < tiles * patches)
@@ -126,6 +128,28 @@ def forward_tower(self: HFModule, original: Callable[..., Any], state: State, *a
         smaller = interpolate(pixels.float(), size, mode="bicubic", align_corners=False, antialias=True)
         inputs |= {"pixel_values": smaller.to(pixels.dtype), "interpolate_pos_encoding": True}
     return original(**inputs)
+
+
+def interpolated_positions(
+    self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any
+) -> Tensor:
+    """[1, S, M] position embeddings of smaller tiles, bicubic as in transformers, from a call of the embedding, inside
+    which ZeRO-3 gathers its weight. A matrix product, whose gradient is deterministic on GPUs too."""
+    change: Change | None = state.running.tower
+    if change is None:
+        return original(*args, **inputs)  # type: ignore[no-any-return]
+    first = change.tower.class_tokens
+    positions = self.position_embedding(self.position_ids)
+    matrix = to_device(_bicubic(change.tower.grid, change.change.image_grid(change.tower)), positions.device)
+    return torch.cat([positions[:, :first], matrix.to(positions.dtype) @ positions[:, first:]], dim=1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a tensor cached during evaluation is reused in training
+def _bicubic(grid: Grid, smaller: Grid) -> Tensor:
+    """[n, N] float32, weights of the patches of ``grid`` in those of the size ``smaller``."""
+    every = torch.eye(grid[0] * grid[1]).unflatten(1, grid)[:, None]
+    return interpolate(every, smaller, mode="bicubic", align_corners=False).flatten(1).T.contiguous()
 
 
 def forward_encoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from vtprune_train.core.flops import Grid, TowerGeometry
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import to_device
 from vtprune_train.pruning.methods.one_share import MergedInTower
-from vtprune_train.pruning.needs import Needs, Positions
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.tower import TowerChange
 
 
@@ -30,8 +30,6 @@ class Downsample(MergedInTower):
         positions: ``keep`` gives each kept token the position of the first patch that it replaces; ``renumber`` numbers
             them 0, 1, ...
     """
-
-    positions: Positions = "renumber"
 
     name = "downsample"
     paper = "baseline"

@@ -91,7 +91,9 @@ class Merging(TowerChange):
             if before > after:
                 second = (before + tower.class_tokens) // 2
                 head = tower.hidden / tower.heads
-                total += 2.0 * second * (head * (before + tower.class_tokens - second) + tower.hidden * (before - after))
+                total += (
+                    2.0 * second * (head * (before + tower.class_tokens - second) + tower.hidden * (before - after))
+                )
         return total
 
     @property
@@ -156,9 +158,7 @@ def merged(tokens: Merged, metric_PSD: Tensor, number: int, class_tokens: int) -
         .scatter(1, stays, torch.arange(kept, device=place.device).expand_as(stays))
         .scatter(1, goes, kept + target)
     )
-    return Merged(
-        out.to(hidden.dtype), torch.cat([sizes_a.gather(1, stays), size_b], dim=1), place.gather(1, groups)
-    )
+    return Merged(out.to(hidden.dtype), torch.cat([sizes_a.gather(1, stays), size_b], dim=1), place.gather(1, groups))
 
 
 def _rows(values_PSM: Tensor, index_Pk: Tensor) -> Tensor:
