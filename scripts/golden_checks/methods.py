@@ -259,7 +259,7 @@ def check_merging(entries: Entries, tensors: Tensors) -> list[Part]:
         hidden_size=own["hidden"], num_attention_heads=own["heads"], num_hidden_layers=own["layers"],
         intermediate_size=own["inter"], image_size=own["side"] * own["patch"], patch_size=own["patch"],
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_id=0)).eval()
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=0)).eval()
     base = model.model
     _load_tower(base.vision_tower, tensors)
     prune(model, method)
