@@ -432,13 +432,30 @@ class TrainingCost:
         """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
         in time of each video, which do not attend to each other in the tower; 0 for an image. ``method`` may change the
         tower's tokens."""
+        tower, projector = self._vision(tiles, frames, method)
+        return tower * (3 if self.trains_tower else 1) + projector * (
+            3 if self.trains_tower else 2 if self.trains_projector else 1
+        )
+
+    def forward_vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None
+    ) -> np.ndarray | float:
+        """[images] FLOPs of a second, forward-only run of tower and projector, for a teacher pass that changes the
+        tower's tokens; 0 if the teacher shares the run of the trained pass."""
+        if method is None or method.needs.tower is None:
+            return 0.0
+        tower, projector = self._vision(tiles, frames, method)
+        return tower + projector
+
+    def _vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[images] forward FLOPs of the tower, and of the projector."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
         tower = self.tower.changed(method) if isinstance(self.tower, TowerGeometry) else self.tower
         count = np.asarray(tiles, dtype=np.float64)
         steps = np.ones_like(count) if frames is None else np.maximum(frames, 1)
-        return steps * tower.tower(count / steps) * (3 if self.trains_tower else 1) + tower.projector(count) * (
-            3 if self.trains_tower else 2 if self.trains_projector else 1
-        )
+        return steps * tower.tower(count / steps), tower.projector(count)
 
 
 def stage_lengths(

@@ -157,6 +157,8 @@ DEFAULTS = {
     "fopru": {"keep": 0.25, "strategy": "rank", "positions": "renumber"},
     "vtc_cls": {"keep": 0.25, "layers": 8, "positions": "renumber"},
     "visionzip": {"keep": 192 / 576, "contextual": 30 / 192, "positions": "renumber"},
+    "downsample": {"keep": 0.5, "positions": "renumber"},
+    "tome": {"keep": 0.5, "layers": None, "proportional": True, "positions": "renumber"},
     "divprune": {"keep": 0.098, "positions": "renumber"},
     "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
     "evs": {"keep": 0.3, "positions": "keep"},
@@ -245,7 +247,7 @@ def test_earlier_layers_are_in_proportion():
     assert list(earlier((1, 2))) == []
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.encoder_layers])
+@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.reads_tower])
 def test_images_of_one_token_and_of_none(name):
     """Of some of them nothing stays; a batch is its samples all the same."""
     segments = [small(lengths, key) for key, lengths in enumerate(([1], [1, 2], [], [0, 3], [7]))]

@@ -70,44 +70,51 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     if state.rank_by is not None:
         raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    with reading(self, state, _tower_method(state, batch)) as read, record_function(TOWER):
-        tables = _feature_tables(self, batch, text_TC.dtype)
-    encoder = None if read is None else read.signals(_patches(self, state, batch))
-    deepstack: tuple[Tensor, ...] = ()
-    if len(batch.visual_rows):
-        visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
-        embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
-        deepstack = tuple(deeper)
-    else:
-        # Ranks without images must still produce (zero) gradients for tower, projector and newline.
-        zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
-        embeds_TC = text_TC + torch.stack(zeros).sum()
+    embedded = _embedded(self, state, batch, text_TC, _tower_method(state, batch.plan))
     taught_RC = None
     if batch.teacher is not None:
         with torch.no_grad():
+            taught = embedded
+            if state.method is not None and state.method.needs.tower is not None:  # the teacher has another tower
+                taught = _embedded(self, state, batch, text_TC, _tower_method(state, batch.teacher.plan))
             taught_RC, _ = self.language_model(
-                embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder, deepstack, batch.visual_rows
+                taught.embeds_TC.detach(), batch.teacher.plan, batch.positions, *taught[1:], batch.visual_rows
             )
-    student = self.language_model(embeds_TC, batch.plan, batch.positions, encoder, deepstack, batch.visual_rows)
+    embeds_TC, *signals = embedded
+    student = self.language_model(embeds_TC, batch.plan, batch.positions, *signals, batch.visual_rows)
     return *student, taught_RC
 
 
-def _tower_method(state: State, batch: PackedBatch) -> PruningMethod | None:
-    """The method that the tower runs with: if it changes the tower's tokens, the one of this step's schedule, which
-    does not change them while all tokens are kept.
+class _Embedded(NamedTuple):
+    """Inputs of the decoder: embeddings [T, C] with visual features inserted, signals of the vision tower, and the
+    features for DeepStack [V, C]."""
 
-    Raises:
-        ValueError: the student and its teacher need different towers.
-    """
+    embeds_TC: Tensor
+    encoder: EncoderSignals | None
+    deepstack: tuple[Tensor, ...]
+
+
+def _embedded(
+    self: HFModule, state: State, batch: PackedBatch, text_TC: Tensor, method: PruningMethod | None
+) -> _Embedded:
+    """Run the tower for ``method`` and insert visual features into the text's embeddings."""
+    with reading(self, state, method) as read, record_function(TOWER):
+        tables = _feature_tables(self, batch, text_TC.dtype)
+    encoder = None if read is None else read.signals(_patches(self, state, batch))
+    if len(batch.visual_rows):
+        visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
+        return _Embedded(text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype)), encoder, tuple(deeper))
+    # Ranks without images must still produce (zero) gradients for tower, projector and newline.
+    zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
+    return _Embedded(text_TC + torch.stack(zeros).sum(), encoder, ())
+
+
+def _tower_method(state: State, plan: StreamPlan) -> PruningMethod | None:
+    """The method that the tower runs with in a pass: if it changes the tower's tokens, the one of this step's schedule,
+    which does not change them while all tokens are kept."""
     if state.method is None or state.method.needs.tower is None:
         return state.method
-    if batch.teacher is not None:
-        raise ValueError(
-            f"{state.method.name} changes the vision tower's tokens, but the two passes of a full-token step with a "
-            "consistency loss share one run of the tower; set pruning.full_tokens.weight=0, or use a method that drops "
-            "tokens after the tower"
-        )
-    method: PruningMethod | None = batch.plan.outline.method
+    method: PruningMethod | None = plan.outline.method
     return method
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.core.rounding import floor_of
@@ -141,7 +141,8 @@ def merged(tokens: Merged, metric_PSD: Tensor, number: int, class_tokens: int) -
     """
     with torch.no_grad():
         stays, goes, target = matching(metric_PSD, number, class_tokens)
-        into = one_hot(target, metric_PSD.shape[1] // 2).transpose(1, 2)  # [P, b, number]
+        second_set = torch.arange(metric_PSD.shape[1] // 2, device=target.device)
+        into = target[:, None] == second_set[:, None]  # [P, b, number]
     hidden, sizes, groups = tokens
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     first, second = wide[:, ::2], wide[:, 1::2]
