@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.vidcom2 import VidCom2
     from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
     from vtprune_train.pruning.methods.visionzip import VisionZip
+    from vtprune_train.pruning.methods.vistog import VisToG
     from vtprune_train.pruning.methods.voco import VoCo
     from vtprune_train.pruning.methods.vtc_cls import VTCCLS
     from vtprune_train.pruning.methods.zipvl import ZipVL
@@ -95,6 +96,7 @@ __all__ = [
     "Victor",
     "VidCom2",
     "VideoLLMMoD",
+    "VisToG",
     "VisionZip",
     "VoCo",
     "ZipVL",
@@ -143,6 +145,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.vidcom2": ("VidCom2",),
         "pruning.methods.videollm_mod": ("VideoLLMMoD",),
         "pruning.methods.visionzip": ("VisionZip",),
+        "pruning.methods.vistog": ("VisToG",),
         "pruning.methods.voco": ("VoCo",),
         "pruning.methods.vtc_cls": ("VTCCLS",),
         "pruning.methods.zipvl": ("ZipVL",),

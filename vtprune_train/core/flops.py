@@ -276,8 +276,8 @@ class TowerGeometry:
 
     The other fields are known for towers whose tokens a method can change: the ``grid`` of patches, the ``depth``
     (number of layers before the features that the projector reads) and the number of ``heads``. ``lengths``: tokens of
-    a tile, without class tokens, in attention and MLP of each layer up to that depth, empty for all patches;
-    ``extra``: FLOPs per tile of changing them (see :meth:`changed`)."""
+    a tile, without class tokens, in attention and MLP of each layer up to that depth, and ``merged`` after it; empty
+    and 0 for all patches. ``extra``: FLOPs per tile of changing them (see :meth:`changed`)."""
 
     unit: ClassVar[str] = "tile(s)"
 
@@ -294,6 +294,7 @@ class TowerGeometry:
     depth: int = 0
     heads: int = 1
     lengths: tuple[tuple[int, int], ...] = ()
+    merged: int = 0
     extra: float = 0.0
 
     def changed(self, method: PruningMethod | None) -> TowerGeometry:
@@ -301,7 +302,7 @@ class TowerGeometry:
         change = None if method is None else method.needs.tower
         if change is None:
             return self
-        return replace(self, lengths=change.lengths(self), extra=change.flops(self))
+        return replace(self, lengths=change.lengths(self), merged=change.merged(self), extra=change.flops(self))
 
     def tiles_of(self, tokens: int) -> int | None:
         """Number of tiles that produce this many tokens; ``None`` if it is not a multiple of the tokens per tile."""
@@ -312,7 +313,7 @@ class TowerGeometry:
         """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
         c, lengths = self.hidden, np.array(self.lengths or [(self.patches, self.patches)], dtype=np.float64)
         # Layers after the features are not used, but run.
-        later = np.repeat(lengths[-1:, 1:], 2, axis=1).repeat(self.num_layers - len(lengths), axis=0)
+        later = np.full((self.num_layers - len(lengths), 2), float(self.merged or self.patches))
         attend, mlp = (np.concatenate([lengths, later]) + self.class_tokens).T
         layers = float((8.0 * attend * c * c + 4.0 * attend * attend * c + 4.0 * mlp * c * self.intermediate).sum())
         embedded = float(min(lengths[0, 0], self.patches))
@@ -320,7 +321,7 @@ class TowerGeometry:
 
     def projector(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the two-layer projector."""
-        tokens = tiles * ((self.lengths[-1][1] if self.lengths else self.patches) // self.merge)
+        tokens = tiles * ((self.merged or self.patches) // self.merge)
         return 2.0 * tokens * self.projector_out * (self.projector_in + self.projector_out)
 
 

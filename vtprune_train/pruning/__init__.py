@@ -31,6 +31,8 @@ METHODS: dict[str, str] = {
     "visionzip": "vtprune_train.pruning.methods.visionzip:VisionZip",
     "divprune": "vtprune_train.pruning.methods.divprune:DivPrune",
     "cdpruner": "vtprune_train.pruning.methods.cdpruner:CDPruner",
+    "tome": "vtprune_train.pruning.methods.tome:ToMe",
+    "vistog": "vtprune_train.pruning.methods.vistog:VisToG",
     "evs": "vtprune_train.pruning.methods.evs:EVS",
     "vidcom2": "vtprune_train.pruning.methods.vidcom2:VidCom2",
     "dycoke": "vtprune_train.pruning.methods.dycoke:DyCoke",
@@ -43,9 +45,8 @@ METHODS: dict[str, str] = {
     "zipvl": "vtprune_train.pruning.methods.zipvl:ZipVL",
     "random": "vtprune_train.pruning.methods.random_tokens:Random",
     "uniform": "vtprune_train.pruning.methods.uniform:Uniform",
-    "downsample": "vtprune_train.pruning.methods.downsample:Downsample",
-    "tome": "vtprune_train.pruning.methods.tome:ToMe",
     "pool": "vtprune_train.pruning.methods.pool:Pool",
+    "downsample": "vtprune_train.pruning.methods.downsample:Downsample",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
+from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
@@ -86,6 +87,10 @@ class Combined(PruningMethod):
 
     def module(self, hidden: int, num_layers: int) -> nn.Module | None:
         modules = {str(i): m for i, method in enumerate(self.methods) if (m := method.module(hidden, num_layers))}
+        return nn.ModuleDict(modules) if modules else None
+
+    def tower_module(self, tower: TowerGeometry) -> nn.Module | None:
+        modules = {str(i): m for i, method in enumerate(self.methods) if (m := method.tower_module(tower))}
         return nn.ModuleDict(modules) if modules else None
 
     def input_share(self, num_layers: int) -> float:

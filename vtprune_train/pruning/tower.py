@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune_train.core.flops import Grid, TowerGeometry
 from vtprune_train.pruning.candidates import Candidates
@@ -62,12 +62,21 @@ class TowerChange:
         """The grid of patches that tiles are resized to before the tower."""
         return tower.grid
 
-    def start(self, hidden: Tensor, tower: TowerGeometry) -> tuple[Tensor, Tensor]:
-        """The ``sizes`` and ``groups`` of :class:`Merged` for the tower's embeddings ``hidden`` [P, S, M]."""
+    def merged(self, tower: TowerGeometry) -> int:
+        """Number of tokens of a tile that the projector receives."""
+        return self.remaining(tower)[-1]
+
+    def start(self, hidden: Tensor, tower: TowerGeometry, module: nn.Module | None) -> Merged:
+        """The tokens that enter the first layer, from the tower's embeddings ``hidden`` [P, S, M]. ``module`` is the
+        one of :meth:`PruningMethod.tower_module`."""
         tiles, length = hidden.shape[:2]
         sizes = torch.ones(tiles, length, device=hidden.device)
         patches = torch.arange(tower.class_tokens, length, device=hidden.device)
-        return sizes, patches.expand(tiles, -1)
+        return Merged(hidden, sizes, patches.expand(tiles, -1))
+
+    def bias(self, tokens: Merged, tower: TowerGeometry) -> Tensor | None:
+        """[1 or P, 1, S, S] in the dtype of ``tokens.hidden``, added to the attention's logits in a layer."""
+        return None
 
     def merge(self, tokens: Merged, keys_PSM: Tensor, heads: int, count: int, class_tokens: int) -> Merged:
         """Reduce each tile to ``count`` tokens, between attention and MLP of a layer; with gradients.
@@ -81,10 +90,15 @@ class TowerChange:
         """
         raise NotImplementedError
 
+    def finish(self, tokens: Merged, tower: TowerGeometry, module: nn.Module | None) -> Merged:
+        """The class tokens, and the tokens that the projector receives, from the output of the last layer before the
+        features."""
+        return tokens
+
     @property
-    def weighs_sizes(self) -> bool:
-        """Whether attention adds the logarithm of a token's size to its logits (proportional attention)."""
-        return False
+    def needs_bias(self) -> bool:
+        """Whether :meth:`bias` is not always ``None``."""
+        return type(self).bias is not TowerChange.bias
 
 
 def groups_of(candidates: Candidates) -> Tensor:

@@ -78,7 +78,7 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
             if state.method is not None and state.method.needs.tower is not None:  # the teacher has another tower
                 taught = _embedded(self, state, batch, text_TC, _tower_method(state, batch.teacher.plan))
             taught_RC, _ = self.language_model(
-                taught.embeds_TC.detach(), batch.teacher.plan, batch.positions, *taught[1:], batch.visual_rows
+                taught.embeds.detach(), batch.teacher.plan, batch.positions, *taught[1:], batch.visual_rows
             )
     embeds_TC, *signals = embedded
     student = self.language_model(embeds_TC, batch.plan, batch.positions, *signals, batch.visual_rows)
@@ -89,7 +89,7 @@ class _Embedded(NamedTuple):
     """Inputs of the decoder: embeddings [T, C] with visual features inserted, signals of the vision tower, and the
     features for DeepStack [V, C]."""
 
-    embeds_TC: Tensor
+    embeds: Tensor
     encoder: EncoderSignals | None
     deepstack: tuple[Tensor, ...]
 

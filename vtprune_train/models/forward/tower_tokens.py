@@ -28,7 +28,9 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Family, required
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward.calls import State, by_name
+from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.forward.sharding import call_as, check_all_heads
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.tower import Merged, TowerChange
@@ -59,10 +61,11 @@ def check_change(config: Any, family: Family, needs: Needs) -> None:
         )
     change.remaining(tower)
     implementation = config.vision_config._attn_implementation
-    if change.weighs_sizes and implementation not in (None, *BIASED):
+    if change.needs_bias and implementation not in (None, *BIASED):
         raise ValueError(
             f"adds a bias to the vision tower's attention, which {implementation!r} does not take; load the model with "
-            'attn_implementation={"vision_config": "sdpa"}, or set proportional=False'
+            'attn_implementation={"vision_config": "sdpa"}'
+            + (", or set proportional=False" if hasattr(change, "proportional") else "")
         )
     if needs.multi_turn == "keep_dense":
         raise ValueError(
@@ -75,10 +78,10 @@ class Change:
     """The change of one run of the tower, and its result: ``groups`` [P, N] int64, the token (of n) that holds each
     patch; ``None`` before the tower has run."""
 
-    def __init__(self, config: Any, change: TowerChange):
-        self.change, self.vision = change, config.vision_config
+    def __init__(self, config: Any, change: TowerChange, module: nn.Module | None):
+        self.change, self.vision, self.module = change, config.vision_config, module
         self.tower = tile_tower(config)
-        self.remaining = change.remaining(self.tower)
+        self.remaining, self.merged = change.remaining(self.tower), change.merged(self.tower)
         self.groups: Tensor | None = None
 
     @torch.no_grad()
@@ -100,15 +103,21 @@ class Change:
         shows = (index >= 0) & (index < tiles * patches)
         patch = torch.where(shows, index, 0)
         tile = torch.div(patch, patches, rounding_mode="floor")
-        group = self.groups.flatten().index_select(0, patch) + tile * self.remaining[-1]
+        group = self.groups.flatten().index_select(0, patch) + tile * self.merged
         none = torch.zeros(0, len(index), device=index.device)
         return EncoderSignals(none, none.T, torch.where(shows, tile, -1), torch.where(shows, group, -1))
 
 
 @contextmanager
-def changing(config: Any, state: State, change: TowerChange) -> Iterator[Change]:
-    """Context manager in which the tower of this thread's calls runs with the tokens of ``change``."""
-    before, state.running.tower = state.running.tower, Change(config, change)
+def changing(base: HFModule, state: State, method: PruningMethod) -> Iterator[Change]:
+    """Context manager in which the tower of this thread's calls runs with the tokens of ``method``."""
+    owner = next(i for i, part in enumerate(method.parts) if part.needs.tower is not None)
+    change = method.parts[owner].needs.tower
+    assert change is not None
+    module = getattr(base.language_model, PARAMETERS, None)
+    if module is not None and len(method.parts) > 1:
+        module = dict(module.named_children()).get(str(owner))
+    before, state.running.tower = state.running.tower, Change(base.config, change, module)
     try:
         yield state.running.tower
     finally:
@@ -160,31 +169,36 @@ def forward_encoder(self: HFModule, original: Callable[..., Any], state: State, 
     inputs = by_name(original, args, inputs)
     hidden, mask = inputs.pop("inputs_embeds"), inputs.pop("attention_mask", None)
     assert mask is None, "tiles have no padding"
-    first = change.tower.class_tokens
-    tokens = Merged(hidden, *change.change.start(hidden, change.tower))
+    tower, how = change.tower, change.change
+    tokens = how.start(hidden, tower, change.module)
     for index, layer in enumerate(self.layers):
-        count = change.remaining[min(index, len(change.remaining) - 1)]
-        now = tokens.hidden.shape[1] - first
-        if count == now:
-            bias = _bias(tokens) if change.change.weighs_sizes and now < change.tower.patches else None
+        function: Callable[..., tuple[Tensor, ...]] | None = None
+        if index < tower.depth and tokens.hidden.shape[1] - tower.class_tokens > change.remaining[index]:
+            function = partial(_merging_layer, change=change, count=change.remaining[index], inputs=inputs)
+        elif index == tower.depth - 1:
+            function = partial(_last_layer, change=change, inputs=inputs)
+        if function is None:
+            bias = how.bias(tokens, tower)
             tokens = tokens._replace(hidden=layer(tokens.hidden, bias, **inputs))
-            continue
-        function = partial(_merging_layer, change=change, count=count, inputs=inputs)
-        tokens = Merged(*call_as(layer, function, *tokens))
-    change.groups = tokens.groups - first
+        else:
+            tokens = Merged(*call_as(layer, function, *tokens))
+        if index == tower.depth - 1:
+            change.groups = tokens.groups - tower.class_tokens
     return BaseModelOutput(last_hidden_state=tokens.hidden)
 
 
-def _bias(tokens: Merged) -> Tensor:
-    """[P, 1, S, S] bias of the attention's logits: the logarithm of the size of each key."""
-    length = tokens.sizes.shape[1]
-    bias = tokens.sizes.log().to(tokens.hidden.dtype)
-    return bias[:, None, None, :].expand(-1, 1, length, -1)
+def _last_layer(
+    layer: HFModule, hidden: Tensor, sizes: Tensor, groups: Tensor, change: Change, inputs: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """The last layer before the features."""
+    tokens = Merged(hidden, sizes, groups)
+    hidden = type(layer).forward(layer, hidden, change.change.bias(tokens, change.tower), **inputs)
+    return change.change.finish(tokens._replace(hidden=hidden), change.tower, change.module)
 
 
 def _merging_layer(
     layer: HFModule, hidden: Tensor, sizes: Tensor, groups: Tensor, change: Change, count: int, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """A layer that merges tokens between attention and MLP, recomputed in the backward pass like others."""
     run = partial(_attend_merge, layer, change=change, count=count, inputs=inputs)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
@@ -194,10 +208,9 @@ def _merging_layer(
 
 def _attend_merge(
     layer: HFModule, hidden: Tensor, sizes: Tensor, groups: Tensor, change: Change, count: int, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tokens = Merged(hidden, sizes, groups)
-    merged_before = hidden.shape[1] - change.tower.class_tokens < change.tower.patches
-    bias = _bias(tokens) if change.change.weighs_sizes and merged_before else None
+    bias = change.change.bias(tokens, change.tower)
     with _keys_of(layer.self_attn.k_proj) as keys:
         attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(hidden), attention_mask=bias, **inputs)
     heads, size = change.vision.num_attention_heads, change.vision.hidden_size

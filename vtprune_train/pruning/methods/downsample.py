@@ -10,15 +10,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtprune_train.core.flops import Grid, TowerGeometry
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import to_device
 from vtprune_train.pruning.methods.one_share import MergedInTower
 from vtprune_train.pruning.needs import Needs
-from vtprune_train.pruning.tower import TowerChange
+from vtprune_train.pruning.tower import Merged, TowerChange
 
 
 class Downsample(MergedInTower):
@@ -57,10 +56,10 @@ class Smaller(TowerChange):
         rows, columns = self.image_grid(tower)
         return (rows * columns,) * tower.depth
 
-    def start(self, hidden: Tensor, tower: TowerGeometry) -> tuple[Tensor, Tensor]:
-        sizes = torch.ones(hidden.shape[:2], device=hidden.device)
+    def start(self, hidden: Tensor, tower: TowerGeometry, module: nn.Module | None) -> Merged:
+        tokens = super().start(hidden, tower, module)
         index = smaller_patches(tower.grid, self.image_grid(tower)) + tower.class_tokens
-        return sizes, to_device(index, hidden.device).expand(len(hidden), -1)
+        return tokens._replace(groups=to_device(index, hidden.device).expand(len(hidden), -1))
 
 
 def smaller_patches(grid: Grid, smaller: Grid) -> np.ndarray:

@@ -96,8 +96,16 @@ class Merging(TowerChange):
                 )
         return total
 
+    def bias(self, tokens: Merged, tower: TowerGeometry) -> Tensor | None:
+        """The logarithm of the size of each key, once tokens have been merged."""
+        length = tokens.hidden.shape[1]
+        if not self.proportional or length == tower.class_tokens + tower.patches:
+            return None
+        bias = tokens.sizes.log().to(tokens.hidden.dtype)
+        return bias[:, None, None].expand(-1, 1, length, -1)
+
     @property
-    def weighs_sizes(self) -> bool:
+    def needs_bias(self) -> bool:
         return self.proportional
 
     def merge(self, tokens: Merged, keys_PSM: Tensor, heads: int, count: int, class_tokens: int) -> Merged:
