@@ -434,8 +434,10 @@ class TrainingCost:
         in time of each video, which do not attend to each other in the tower; 0 for an image. ``method`` may change the
         tower's tokens."""
         tower, projector = self._vision(tiles, frames, method)
-        return tower * (3 if self.trains_tower else 1) + projector * (
-            3 if self.trains_tower else 2 if self.trains_projector else 1
+        change = None if method is None else method.needs.tower
+        flows = self.trains_tower or (change is not None and change.learns)
+        return tower * (3 if self.trains_tower else 2 if flows else 1) + projector * (
+            3 if flows else 2 if self.trains_projector else 1
         )
 
     def forward_vision(

@@ -6,7 +6,7 @@ tower (class tokens, then patches), M tower hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,13 @@ class TowerChange:
     :class:`~vtprune_train.core.flops.TowerGeometry`; only the layers before the decoder's features (its ``depth``) can
     change tokens.
 
-    ``name`` is the method's name, for errors.
+    ``name`` is the method's name, for errors. ``learns``: whether it has parameters, so that gradients flow through a
+    frozen tower too. ``fixed``: whether the groups depend on nothing but the tower's sizes.
     """
 
     name: str
+    learns: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
 
     def remaining(self, tower: TowerGeometry) -> tuple[int, ...]:
         """[depth] number of tokens of a tile, without class tokens, after the attention of each layer (host only).
@@ -118,18 +121,18 @@ def groups_of(candidates: Candidates) -> Tensor:
     return candidates.boundary.span_of_visual[:0]
 
 
-def one_per_group(group_V: Tensor) -> Tensor:
+def one_per_group(group_V: Tensor, span_V: Tensor) -> Tensor:
     """[V] float32 scores that rank one token of each group first: its first candidate, groups with more candidates
     before others. Tokens that are not patches come next, then the other candidates of the groups.
 
     Args:
-        group_V: [V] int64, group of each candidate, unique within the batch; -1 for tokens that are not patches. The
-            candidates of a group belong to one image.
+        group_V: [V] int64, group of each candidate; -1 for tokens that are not patches.
+        span_V: [V] int64, image of each candidate, ascending. Copies of an image, as in beam search, have groups of
+            the same numbers.
     """
-    order = torch.sort(group_V, stable=True)
-    groups, at = order.values, order.indices
-    is_first = torch.cat([torch.ones_like(groups[:1]), (groups[1:] != groups[:-1]).long()])
+    keys, at = torch.sort(torch.where(group_V < 0, -1, group_V + (span_V << 32)), stable=True)
+    is_first = torch.cat([torch.ones_like(keys[:1]), (keys[1:] != keys[:-1]).long()])
     number = is_first.cumsum(0) - 1  # of each group that has candidates
-    sizes = torch.zeros_like(groups).index_add(0, number, torch.ones_like(groups)).index_select(0, number)
-    scores = torch.where(groups < 0, 1, torch.where(is_first > 0, 1 + sizes, 0))
+    sizes = torch.zeros_like(keys).index_add(0, number, torch.ones_like(keys)).index_select(0, number)
+    scores = torch.where(keys < 0, 1, torch.where(is_first > 0, 1 + sizes, 0))
     return torch.empty_like(scores, dtype=torch.float32).index_copy(0, at, scores.float())

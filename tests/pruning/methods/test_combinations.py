@@ -57,7 +57,7 @@ NAMED = [
     (DivPrune(keep=0.3), VoCo(tokens=2)),
     (ToMe(), PyramidDrop()),
     (Downsample(keep=0.3), PLPHP()),
-    (VisToG(keep=0.5), PyramidDrop(), Victor(registers=3, layers=5)),
+    (VisToG(keep=0.5), PyramidDrop()),
 ]
 
 

@@ -99,7 +99,7 @@ def _embedded(
 ) -> _Embedded:
     """Run the tower for ``method`` and insert visual features into the text's embeddings."""
     with reading(self, state, method) as read, record_function(TOWER):
-        tables = _feature_tables(self, batch, text_TC.dtype)
+        tables = _feature_tables(self, state, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
     if len(batch.visual_rows):
         visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
@@ -130,10 +130,10 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     return index.index_select(0, batch.visual_index)
 
 
-def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+def _feature_tables(self: HFModule, state: State, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
     """Feature tables [features, C] indexed by ``batch.visual_index``: the input of the decoder and, for families with
     DeepStack, the features that are added after each of its first layers."""
-    images, *deeper = _image_tables(self, batch, dtype)
+    images, *deeper = _image_tables(self, state, batch, dtype)
     if batch.video_pixels is None:
         return [images, *deeper]
     assert not deeper, "families with DeepStack features compute videos like images, without video_pixels"
@@ -143,11 +143,11 @@ def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> l
     return [rows if newline is None else torch.cat([rows, newline.to(rows.dtype).unsqueeze(0)])]
 
 
-def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+def _image_tables(self: HFModule, state: State, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
     """The features of all images, and of videos in families that compute them like images."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
-        features = _tile_features(self, pixels)
+        features = _tile_features(self, state, pixels)
         newline = getattr(self, "image_newline", None)
         return [features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])]
     # Keep sizes on the host so that the family's code reads them without a sync.
@@ -161,9 +161,10 @@ def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
     return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
 
 
-def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
+def _tile_features(self: HFModule, state: State, pixel_values: Tensor) -> Tensor:
     """[P * patches, C]: run all tiles through vision tower and projector in one batch, without class tokens."""
-    trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+    modules = self.vision_tower, None if state.running.tower is None else state.running.tower.module
+    trains = any(p.requires_grad for module in modules if module is not None for p in module.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     layer = self.config.vision_feature_layer

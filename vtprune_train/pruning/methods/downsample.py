@@ -43,6 +43,8 @@ class Downsample(MergedInTower):
 class Smaller(TowerChange):
     """The smaller tiles of :class:`Downsample`."""
 
+    fixed = True
+
     name: str
     keep: float
 

@@ -70,4 +70,4 @@ class MergedInTower(OneShare):
         return (AtLeastOne(0, self.keep),)
 
     def score(self, candidates: Candidates) -> Tensor:
-        return one_per_group(groups_of(candidates))
+        return one_per_group(groups_of(candidates), candidates.boundary.span_of_visual)

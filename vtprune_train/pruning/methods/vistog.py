@@ -60,6 +60,8 @@ class VisToG(MergedInTower):
 class Grouping(TowerChange):
     """The change of the tower's tokens by :class:`VisToG`."""
 
+    learns = True
+
     name: str
     keep: float
 
