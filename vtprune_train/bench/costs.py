@@ -209,11 +209,11 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     frames = np.array([image.frames for image in sample.images])
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
-        forward = TrainingCost(decoder, tower, trains_decoder=False, trains_tower=False, trains_projector=False)
-        vision = _vision(forward, tiles, frames, subject.method, sample.batch)
+        dense, pruned = (float(cost.forward_vision(tiles, frames, of).sum()) for of in (None, method))
+        vision = Cost(sample.batch * dense, sample.batch * pruned)
         prefill_whole = _total([prefill], vision.dense, vision.pruned)
-        step_vision = _vision(cost, tiles, frames, subject.method, sample.batch)
-        step_whole = _total([step], step_vision.dense, step_vision.pruned)
+        dense, pruned = (float(cost.vision(tiles, frames, of).sum()) for of in (None, method))
+        step_whole = _total([step], sample.batch * dense, sample.batch * pruned)
     return Estimate(
         model=subject.name,
         family=_family(subject.config),
@@ -312,14 +312,6 @@ def _tiles(
         per_tile = tower.patches // tower.merge
         return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
     return np.array(known), None
-
-
-def _vision(
-    cost: TrainingCost, tiles: np.ndarray, frames: np.ndarray, method: PruningMethod | None, batch: int
-) -> Cost:
-    """Cost of tower and projector for a batch."""
-    dense, pruned = (float(cost.vision(tiles, frames, of).sum()) for of in (None, method))
-    return Cost(batch * dense, batch * pruned)
 
 
 def _total(costs: Sequence[Cost], dense: float = 0.0, pruned: float | None = None) -> Cost:

@@ -441,14 +441,18 @@ class TrainingCost:
         )
 
     def forward_vision(
-        self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None
-    ) -> np.ndarray | float:
-        """[images] FLOPs of a second, forward-only run of tower and projector, for a teacher pass that changes the
-        tower's tokens; 0 if the teacher shares the run of the trained pass."""
-        if method is None or method.needs.tower is None:
-            return 0.0
+        self, tiles: np.ndarray, frames: np.ndarray | None = None, method: PruningMethod | None = None
+    ) -> np.ndarray:
+        """[images] FLOPs of a forward-only run of tower and projector."""
         tower, projector = self._vision(tiles, frames, method)
         return tower + projector
+
+    def teacher_vision(self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None) -> np.ndarray:
+        """[images] FLOPs of the tower and projector of a teacher pass: a run of their own if ``method`` changes the
+        tower's tokens, otherwise that of the trained pass."""
+        if method is None or method.needs.tower is None:
+            return np.zeros(len(tiles))
+        return self.forward_vision(tiles, frames, method)
 
     def _vision(
         self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None

@@ -224,7 +224,7 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
     flops = cost.sample(*pruned, np.array(tiles), supervised, method=phase.method)[0]
     if phase.teacher is not None:
         flops += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
-        flops += np.sum(cost.forward_vision(np.array(tiles), None, phase.teacher.method))
+        flops += cost.teacher_vision(np.array(tiles), None, phase.teacher.method).sum()
     return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 

@@ -121,9 +121,8 @@ class StepCosts:
             drops, per = phase.teacher.method.drops(num_layers), phase.teacher.method.per
             taught = stage_lengths(measured.text, *spans, drops, measured.span_frames, per)
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
-            seen = self.cost.forward_vision(measured.span_tiles, measured.span_frames, phase.teacher.method)
-            shares = np.broadcast_to(seen, measured.span_tiles.shape)
-            costs = costs + np.bincount(measured.span_sample, weights=shares, minlength=len(costs))
+            seen = self.cost.teacher_vision(measured.span_tiles, measured.span_frames, phase.teacher.method)
+            costs = costs + np.bincount(measured.span_sample, weights=seen, minlength=len(costs))
         return lengths[:, 0], costs
 
 
