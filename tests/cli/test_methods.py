@@ -55,7 +55,9 @@ def test_the_list_states_everything(capsys):
         name = fact["name"]
         assert fact["where"] and fact["trains"] and fact["doc"], name
         assert method_class(name).name == name
-        assert name in ("random", "uniform", "pool", "downsample") or re.search(r"\(arXiv \d{4}\.\d{5}\)$", fact["paper"]), name
+        assert name in ("random", "uniform", "pool", "downsample") or re.search(
+            r"\(arXiv \d{4}\.\d{5}\)$", fact["paper"]
+        ), name
         assert [s["name"] for s in fact["settings"]] == list(setting_types(method_class(name)))
         defaults = {s["name"]: s["default"] for s in fact["settings"]}
         assert defaults.pop("per") == "video", "settings have it only if it is not the default"
