@@ -167,7 +167,7 @@ def reading(base: HFModule, state: State, method: PruningMethod | None) -> Itera
     tokens for it; yields ``None`` if it needs nothing. The hooks are removed afterwards, before activation
     checkpointing runs a layer again. A compiled tower runs eagerly inside the context."""
     if method is not None and method.needs.tower is not None:
-        with changing(base, state, method) as change, eager(base.vision_tower):
+        with eager(base.vision_tower), changing(base, state, method) as change:
             yield change
         return
     if method is None or not method.needs.encoder_layers:
