@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.cdpruner import CDPruner
     from vtprune_train.pruning.methods.dart import DART
     from vtprune_train.pruning.methods.divprune import DivPrune
+    from vtprune_train.pruning.methods.downsample import Downsample
     from vtprune_train.pruning.methods.dycoke import DyCoke
     from vtprune_train.pruning.methods.evs import EVS
     from vtprune_train.pruning.methods.fastv import FastV
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.scope import SCOPE
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
     from vtprune_train.pruning.methods.text_interaction import TextInteraction
+    from vtprune_train.pruning.methods.tome import ToMe
     from vtprune_train.pruning.methods.uniform import Uniform
     from vtprune_train.pruning.methods.victor import Victor
     from vtprune_train.pruning.methods.vidcom2 import VidCom2
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.visionselector import VisionSelector
     from vtprune_train.pruning.methods.visionzip import VisionZip
     from vtprune_train.pruning.methods.vispruner import VisPruner
+    from vtprune_train.pruning.methods.vistog import VisToG
     from vtprune_train.pruning.methods.voco import VoCo
     from vtprune_train.pruning.methods.vtc_cls import VTCCLS
     from vtprune_train.pruning.methods.zipvl import ZipVL
@@ -80,6 +83,7 @@ __all__ = [
     "Candidates",
     "Combined",
     "DivPrune",
+    "Downsample",
     "Drop",
     "DyCoke",
     "EncoderSignals",
@@ -103,11 +107,13 @@ __all__ = [
     "Share",
     "SparseVLM",
     "TextInteraction",
+    "ToMe",
     "Uniform",
     "Victor",
     "VidCom2",
     "VideoLLMMoD",
     "VisPruner",
+    "VisToG",
     "VisionSelector",
     "VisionZip",
     "VoCo",
@@ -141,6 +147,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.scope": ("SCOPE",),
         "pruning.methods.vispruner": ("VisPruner",),
         "pruning.methods.divprune": ("DivPrune",),
+        "pruning.methods.downsample": ("Downsample",),
         "pruning.methods.dycoke": ("DyCoke",),
         "pruning.methods.evs": ("EVS",),
         "pruning.methods.fastv": ("FastV",),
@@ -158,12 +165,14 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.random_tokens": ("Random",),
         "pruning.methods.sparsevlm": ("SparseVLM",),
         "pruning.methods.text_interaction": ("TextInteraction",),
+        "pruning.methods.tome": ("ToMe",),
         "pruning.methods.uniform": ("Uniform",),
         "pruning.methods.victor": ("Victor",),
         "pruning.methods.vidcom2": ("VidCom2",),
         "pruning.methods.videollm_mod": ("VideoLLMMoD",),
         "pruning.methods.visionselector": ("VisionSelector",),
         "pruning.methods.visionzip": ("VisionZip",),
+        "pruning.methods.vistog": ("VisToG",),
         "pruning.methods.voco": ("VoCo",),
         "pruning.methods.vtc_cls": ("VTCCLS",),
         "pruning.methods.zipvl": ("ZipVL",),

@@ -5,6 +5,8 @@
 - ``contract``: the selection of a method for given candidates, some with gradients
 - ``tower``: the same, with signals read from a tiny CLIP tower
 - ``clip``: the same, with the similarity of patches and a question by a tiny CLIP model
+- ``merge``: merges of the tokens of a vision tower, from given features
+- ``merging``: the features of a tiny CLIP tower that merges its tokens
 - ``consistency``: loss and gradients of a step on full tokens
 """
 
@@ -26,18 +28,25 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 from golden_checks.common import Case, CaseError, Entries, Outcome, Part, Tensors, compare
 from vtprune_train.core.stream import Boundary, ImageSpan, SegmentLayout
 from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.calls import state_of
 from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.models.forward.encoder import Reading
+from vtprune_train.models.forward.encoder import Reading, reading
 from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.padded import decode, prefill
+from vtprune_train.models.forward.tower_tokens import Change
+from vtprune_train.models.patch import prune
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
+from vtprune_train.pruning.methods.tome import merged
+from vtprune_train.pruning.tower import Merged
 
 FORMAT = "vtprune-golden-1"
 FEATURES = 1e-4  # tolerance of the tower's features
@@ -279,14 +288,7 @@ def byte_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
 
 
-@torch.no_grad()
-def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
-    own, method = entries["tower"], method_of(entries)
-    vision = CLIPVisionConfig(
-        hidden_size=own["hidden"], num_attention_heads=own["heads"], num_hidden_layers=own["layers"],
-        intermediate_size=own["inter"], image_size=own["side"] * own["patch"], patch_size=own["patch"],
-    )  # fmt: skip
-    tower = CLIPVisionModel(vision).eval()
+def _load_tower(tower: CLIPVisionModel, tensors: Tensors) -> None:
     names = set(tower.state_dict())
     weights = {
         key if key in names else key.removeprefix("vision_model."): value
@@ -295,6 +297,56 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     incompatible = tower.load_state_dict(weights, strict=False)
     if missing := [key for key in incompatible.missing_keys if "position_ids" not in key]:
         raise CaseError(f"weights do not fit the tower: {missing=}")
+
+
+@torch.no_grad()
+def check_merge(entries: Entries, tensors: Tensors) -> list[Part]:
+    """Compare hidden states, sizes and groups after several merges."""
+    hidden, first = tensors["hidden"].float(), entries["class_tokens"]
+    every = torch.arange(hidden.shape[1]).expand(hidden.shape[:2])
+    tokens = Merged(hidden, torch.ones(hidden.shape[:2]), every)
+    for step, number in enumerate(entries["merged"]):
+        tokens = merged(tokens, tensors[f"metric_{step}"], number, first)
+    tolerance = entries["tolerance"]["values"]
+    return [
+        compare("groups", tokens.groups, tensors["expected.groups"]),
+        compare("sizes", tokens.sizes, tensors["expected.sizes"]),
+        compare("hidden", tokens.hidden, tensors["expected.hidden"], tolerance),
+    ]
+
+
+@torch.no_grad()
+def check_merging(entries: Entries, tensors: Tensors) -> list[Part]:
+    """Compare the features of a pruned LLaVA's tower, and the token that holds each patch."""
+    own, method = entries["tower"], method_of(entries)
+    text = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    vision = CLIPVisionConfig(
+        hidden_size=own["hidden"], num_attention_heads=own["heads"], num_hidden_layers=own["layers"],
+        intermediate_size=own["inter"], image_size=own["side"] * own["patch"], patch_size=own["patch"],
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=0)).eval()
+    base = model.model
+    _load_tower(base.vision_tower, tensors)
+    prune(model, method)
+    with reading(base, state_of(model), method) as change:
+        states = base.vision_tower(tensors["pixel_values"][None], output_hidden_states=True).hidden_states
+    assert isinstance(change, Change) and change.groups is not None
+    tolerance = entries["tolerance"]["values"]
+    return [
+        compare("groups", change.groups[0], tensors["expected.groups"]),
+        compare("features", states[-2][0, 1:], tensors["expected.features"], tolerance),
+    ]
+
+
+@torch.no_grad()
+def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
+    own, method = entries["tower"], method_of(entries)
+    vision = CLIPVisionConfig(
+        hidden_size=own["hidden"], num_attention_heads=own["heads"], num_hidden_layers=own["layers"],
+        intermediate_size=own["inter"], image_size=own["side"] * own["patch"], patch_size=own["patch"],
+    )  # fmt: skip
+    tower = CLIPVisionModel(vision).eval()
+    _load_tower(tower, tensors)
     config = SimpleNamespace(vision_config=vision, vision_feature_layer=-2)
     reading, projector = Reading(config, method.needs), torch.nn.Identity()  # the case has no projector
     handles = reading.hook(getattr(tower, "vision_model", tower), projector)
@@ -334,5 +386,7 @@ CHECKS: dict[str, Callable[[Entries, Tensors], list[Part]]] = {
     "contract": check_contract,
     "clip": check_clip,
     "tower": check_tower,
+    "merge": check_merge,
+    "merging": check_merging,
     "consistency": check_consistency,
 }

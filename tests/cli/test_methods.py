@@ -28,9 +28,9 @@ pytestmark = pytest.mark.slow
 
 NAMES = [
     "pyramiddrop", "sparsevlm", "plphp", "fastv", "dart", "feather", "prumerge", "fopru", "vtc_cls", "visionzip",
-    "divprune", "text_interaction", "cdpruner", "scope", "hiprune", "vispruner", "idpruner", "evs", "vidcom2", "dycoke",
-    "prunevid", "videollm_mod", "victor", "visionselector", "quecc", "voco", "hidrop", "lvlm_csp", "zipvl", "prefix",
-    "random", "uniform", "pool", "none",
+    "divprune", "text_interaction", "cdpruner", "scope", "hiprune", "vispruner", "idpruner", "tome", "vistog", "evs",
+    "vidcom2", "dycoke", "prunevid", "videollm_mod", "victor", "visionselector", "quecc", "voco", "hidrop", "lvlm_csp",
+    "zipvl", "prefix", "random", "uniform", "pool", "downsample", "none",
 ]  # fmt: skip
 PAGE = (ROOT / "docs" / "methods" / "own.md").read_text()
 
@@ -56,7 +56,9 @@ def test_the_list_states_everything(capsys):
         name = fact["name"]
         assert fact["where"] and fact["trains"] and fact["doc"], name
         assert method_class(name).name == name
-        assert name in ("random", "uniform", "pool") or re.search(r"\(arXiv \d{4}\.\d{5}\)$", fact["paper"]), name
+        assert name in ("random", "uniform", "pool", "downsample") or re.search(
+            r"\(arXiv \d{4}\.\d{5}\)$", fact["paper"]
+        ), name
         assert [s["name"] for s in fact["settings"]] == list(setting_types(method_class(name)))
         defaults = {s["name"]: s["default"] for s in fact["settings"]}
         assert defaults.pop("per") == "video", "settings have it only if it is not the default"
@@ -67,8 +69,8 @@ def test_one_in_full(capsys):
     page = said(capsys, "methods", "pyramiddrop")
     assert "arXiv 2410.17247" in page and "keep               " in page and "last_visual" in page and "Args:" in page
     assert json.loads(said(capsys, "methods", "pyramiddrop", "--json"))["settings"][1]["default"] == [0.5, 0.25, 0.125]
-    assert main(["methods", "tome"]) == 2
-    assert "method='tome' is unknown; known methods: pyramiddrop, sparsevlm" in capsys.readouterr().err
+    assert main(["methods", "quickly"]) == 2
+    assert "method='quickly' is unknown; known methods: pyramiddrop, sparsevlm" in capsys.readouterr().err
     assert main(["methods", "fastvv", "--names"]) == 2
     assert "did you mean fastv?" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from vtprune_train.pruning import METHODS
 pytestmark = pytest.mark.slow
 
 # The next layer ranks (in hidrop with gradients), this layer, keys of the cache, learned modules.
-KINDS = ("pyramiddrop", "hidrop", "this_layer", "plphp", "victor")
+KINDS = ("pyramiddrop", "hidrop", "this_layer", "plphp", "victor", "downsample", "vistog")
 
 
 def sharded(folder, kind, *names):

@@ -166,6 +166,7 @@ class Estimate:
     head: float
     selector: float
     vision: float | None
+    vision_dense: float | None
     not_counted: str | None
     prefill_decoder: Cost
     prefill_whole: Cost | None
@@ -208,10 +209,11 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     frames = np.array([image.frames for image in sample.images])
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
-        forward = TrainingCost(decoder, tower, trains_decoder=False, trains_tower=False, trains_projector=False)
-        vision = sample.batch * float(forward.vision(tiles, frames).sum())
-        prefill_whole = _total([prefill], vision)
-        step_whole = _total([step], sample.batch * float(cost.vision(tiles, frames).sum()))
+        dense, pruned = (float(cost.forward_vision(tiles, frames, of).sum()) for of in (None, method))
+        vision = Cost(sample.batch * dense, sample.batch * pruned)
+        prefill_whole = _total([prefill], vision.dense, vision.pruned)
+        dense, pruned = (float(cost.vision(tiles, frames, of).sum()) for of in (None, method))
+        step_whole = _total([step], sample.batch * dense, sample.batch * pruned)
     return Estimate(
         model=subject.name,
         family=_family(subject.config),
@@ -228,7 +230,8 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         stages=stages,
         head=head,
         selector=selector,
-        vision=vision,
+        vision=None if vision is None else vision.pruned,
+        vision_dense=None if vision is None else vision.dense,
         not_counted=not_counted,
         prefill_decoder=prefill,
         prefill_whole=prefill_whole,

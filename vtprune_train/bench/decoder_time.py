@@ -222,7 +222,10 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
     attention = torch.rand(len(method.needs.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
     features = torch.randn(len(tile), TOWER_HIDDEN, generator=generator) if method.needs.encoder_features else None
-    return to_device(EncoderSignals(attention, keys, tile, features), device)  # type: ignore[no-any-return]
+    group = None
+    if method.needs.tower is not None:  # sorting them costs the same for any groups
+        group = torch.randint(len(tile), (len(tile),), generator=generator)
+    return to_device(EncoderSignals(attention, keys, tile, features, group=group), device)  # type: ignore[no-any-return]
 
 
 def _visual_tokens(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:

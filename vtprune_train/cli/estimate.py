@@ -60,12 +60,18 @@ def render(result: Estimate, *, published: bool = False) -> str:
     lines = [*_describe(result), "", *_stage_table(result), ""]
     lines += _visual_lines(result)
     lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
-    vision = result.not_counted if result.vision is None else f"{result.vision / scale:.3f} {unit} forward"
-    lines += [f"tower and projector {vision}"]
+    lines += [f"tower and projector {_vision(result, scale, unit)}"]
     lines += ["", *_totals(result)]
     if published:
         lines += ["", *_published_lines(result)]
     return "\n".join(lines)
+
+
+def _vision(result: Estimate, scale: float, unit: str) -> str | None:
+    if result.vision is None or result.vision_dense is None:
+        return result.not_counted
+    dense = "" if result.vision == result.vision_dense else f" (dense {result.vision_dense / scale:.3f})"
+    return f"{result.vision / scale:.3f} {unit} forward{dense}"
 
 
 def _describe(result: Estimate) -> list[str]:

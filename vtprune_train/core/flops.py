@@ -7,7 +7,7 @@ variable-length kernels compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from vtprune_train.core.plan import counts_per_stage, fronts_of
 from vtprune_train.core.stream import Boundary, Drop, ImageSpan, StreamPlan
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
+Grid = tuple[int, int]
 
 
 class PruningMethod(Protocol):
@@ -271,7 +272,12 @@ def _linear(config: Any) -> LinearAttention:
 @dataclass(frozen=True)
 class TowerGeometry:
     """Dimensions of a tile-based vision transformer and its projector, which merges ``merge`` patches into one token;
-    ``projector_in`` is the width of the concatenated patches."""
+    ``projector_in`` is the width of the concatenated patches.
+
+    The other fields are known for towers whose tokens a method can change: the ``grid`` of patches, the ``depth``
+    (number of layers before the features that the projector reads) and the number of ``heads``. ``lengths``: tokens of
+    a tile, without class tokens, in attention and MLP of each layer up to that depth, and ``merged`` after it; empty
+    and 0 for all patches. ``extra``: FLOPs per tile of changing them (see :meth:`changed`)."""
 
     unit: ClassVar[str] = "tile(s)"
 
@@ -284,6 +290,19 @@ class TowerGeometry:
     projector_out: int
     class_tokens: int = 1
     merge: int = 1
+    grid: Grid = (0, 0)
+    depth: int = 0
+    heads: int = 1
+    lengths: tuple[tuple[int, int], ...] = ()
+    merged: int = 0
+    extra: float = 0.0
+
+    def changed(self, method: PruningMethod | None) -> TowerGeometry:
+        """The tower with the tokens of ``method``."""
+        change = None if method is None else method.needs.tower
+        if change is None:
+            return self
+        return replace(self, lengths=change.lengths(self), merged=change.merged(self), extra=change.flops(self))
 
     def tiles_of(self, tokens: int) -> int | None:
         """Number of tiles that produce this many tokens; ``None`` if it is not a multiple of the tokens per tile."""
@@ -292,13 +311,17 @@ class TowerGeometry:
 
     def tower(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
-        n, c = self.patches + self.class_tokens, self.hidden
-        layer = 2.0 * n * c * (4 * c + 2 * self.intermediate) + 4.0 * n * n * c
-        return tiles * (self.num_layers * layer + 2.0 * self.patches * 3 * self.patch_size**2 * c)
+        c, lengths = self.hidden, np.array(self.lengths or [(self.patches, self.patches)], dtype=np.float64)
+        # Layers after the features are not used, but run.
+        later = np.full((self.num_layers - len(lengths), 2), float(self.merged or self.patches))
+        attend, mlp = (np.concatenate([lengths, later]) + self.class_tokens).T
+        layers = float((8.0 * attend * c * c + 4.0 * attend * attend * c + 4.0 * mlp * c * self.intermediate).sum())
+        embedded = float(min(lengths[0, 0], self.patches))
+        return tiles * (layers + 2.0 * embedded * 3 * self.patch_size**2 * c + self.extra)
 
     def projector(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the two-layer projector."""
-        tokens = tiles * (self.patches // self.merge)
+        tokens = tiles * ((self.merged or self.patches) // self.merge)
         return 2.0 * tokens * self.projector_out * (self.projector_in + self.projector_out)
 
 
@@ -372,11 +395,12 @@ class TrainingCost:
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
         frames: np.ndarray | None = None,
+        method: PruningMethod | None = None,
     ) -> np.ndarray:
         """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples]. ``tiles`` [images] is
         the number of tiles of each image, ``sample_of_tiles`` [images] the sample it belongs to (default: each sample
-        has one image). ``frames``: see :meth:`vision`."""
-        vision = self.vision(tiles, frames)
+        has one image). ``frames`` and ``method``: see :meth:`vision`."""
+        vision = self.vision(tiles, frames, method)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
         return self.text(stage_lengths, layers_per_stage, supervised) + vision
@@ -403,15 +427,42 @@ class TrainingCost:
         per_stage = self.decoder.stages(tokens, layers_per_stage) + adapter
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
-    def vision(self, tiles: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+    def vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None = None, method: PruningMethod | None = None
+    ) -> np.ndarray:
         """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
-        in time of each video, which do not attend to each other in the tower; 0 for an image."""
+        in time of each video, which do not attend to each other in the tower; 0 for an image. ``method`` may change the
+        tower's tokens."""
+        tower, projector = self._vision(tiles, frames, method)
+        change = None if method is None else method.needs.tower
+        flows = self.trains_tower or (change is not None and change.learns)
+        return tower * (3 if self.trains_tower else 2 if flows else 1) + projector * (
+            3 if flows else 2 if self.trains_projector else 1
+        )
+
+    def forward_vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None = None, method: PruningMethod | None = None
+    ) -> np.ndarray:
+        """[images] FLOPs of a forward-only run of tower and projector."""
+        tower, projector = self._vision(tiles, frames, method)
+        return tower + projector
+
+    def teacher_vision(self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None) -> np.ndarray:
+        """[images] FLOPs of the tower and projector of a teacher pass: a run of their own if ``method`` changes the
+        tower's tokens, otherwise that of the trained pass."""
+        if method is None or method.needs.tower is None:
+            return np.zeros(len(tiles))
+        return self.forward_vision(tiles, frames, method)
+
+    def _vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[images] forward FLOPs of the tower, and of the projector."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
+        tower = self.tower.changed(method) if isinstance(self.tower, TowerGeometry) else self.tower
         count = np.asarray(tiles, dtype=np.float64)
         steps = np.ones_like(count) if frames is None else np.maximum(frames, 1)
-        return steps * self.tower.tower(count / steps) * (3 if self.trains_tower else 1) + self.tower.projector(
-            count
-        ) * (3 if self.trains_tower else 2 if self.trains_projector else 1)
+        return steps * tower.tower(count / steps), tower.projector(count)
 
 
 def stage_lengths(

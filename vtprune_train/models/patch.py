@@ -27,7 +27,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
 from vtprune_train.models.families.base import Lacks
-from vtprune_train.models.forward import generate, images, linear_attention, modules, tower_attention
+from vtprune_train.models.forward import generate, images, linear_attention, modules, tower_attention, tower_tokens
 from vtprune_train.models.forward.attention import OWNED, attention_name, dense_implementation, unavailable_because
 from vtprune_train.models.forward.backend import decoder_backend, tower_backend
 from vtprune_train.models.forward.calls import STATE, RankBy, State, is_pruned, state_of, unwrapped
@@ -357,6 +357,15 @@ def _install(model: HFModule, state: State) -> None:
             full_frequencies(tower, look=True)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", tower_attention.forward))
             tower_attention.replace_config(tower, state.tower_backend)
+    if state.method is not None and state.method.needs.tower is not None:
+        for name in tower_attention.towers(model.get_submodule(f"{family.base}.vision_tower")):
+            place = f"{family.base}.vision_tower.{name}".rstrip(".")
+            replacements += [
+                (place, "forward", tower_tokens.forward_tower),
+                (f"{place}.embeddings", "interpolate_pos_encoding", tower_tokens.interpolated_positions),
+                (f"{place}.encoder", "forward", tower_tokens.forward_encoder),
+            ]
+        replacements.append((f"{family.base}.multi_modal_projector", "forward", tower_tokens.forward_projector))
     for index, layer in enumerate(model.get_submodule(family.decoder).layers):
         if MIXER in layer._modules:
             replacements.append((f"{family.decoder}.layers.{index}.{MIXER}", "forward", linear_attention.forward))

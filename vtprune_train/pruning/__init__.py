@@ -37,6 +37,8 @@ METHODS: dict[str, str] = {
     "hiprune": "vtprune_train.pruning.methods.hiprune:HiPrune",
     "vispruner": "vtprune_train.pruning.methods.vispruner:VisPruner",
     "idpruner": "vtprune_train.pruning.methods.idpruner:IDPruner",
+    "tome": "vtprune_train.pruning.methods.tome:ToMe",
+    "vistog": "vtprune_train.pruning.methods.vistog:VisToG",
     "evs": "vtprune_train.pruning.methods.evs:EVS",
     "vidcom2": "vtprune_train.pruning.methods.vidcom2:VidCom2",
     "dycoke": "vtprune_train.pruning.methods.dycoke:DyCoke",
@@ -53,6 +55,7 @@ METHODS: dict[str, str] = {
     "random": "vtprune_train.pruning.methods.random_tokens:Random",
     "uniform": "vtprune_train.pruning.methods.uniform:Uniform",
     "pool": "vtprune_train.pruning.methods.pool:Pool",
+    "downsample": "vtprune_train.pruning.methods.downsample:Downsample",
 }
 
 

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import Boundary, Drop, SegmentLayout, StreamPlan
 from vtprune_train.core.user_code import path_of
@@ -66,8 +67,8 @@ class PruningMethod(Settings):
         name: the method's name in logs and errors; by default the name of the class. Methods of the package also have
             this name in YAML, on the command line and in ``config.json``.
         paper: title and arXiv number.
-        where: where the method acts, as shown by ``vtprune methods``: ``before the decoder``, ``between layers`` or
-            ``key-value cache``.
+        where: where the method acts, as shown by ``vtprune methods``: ``before the decoder``, ``between layers``,
+            ``key-value cache`` or ``vision tower``.
         trains: whether the method can be trained and how, or why not; also shown by ``vtprune methods``.
         drops_after: difference between the layer before which a drop point acts and its entry in the setting ``layers``
             or ``layer``: 0 if tokens are dropped before the layer that is set, 1 if after it. Default drop points are
@@ -166,6 +167,12 @@ class PruningMethod(Settings):
         passed to :attr:`Selection.values`. ``forward`` must accept [n, hidden] for any n and its output must depend on
         every parameter; it is called with n = 0 on steps that drop nothing.
         """
+        return None
+
+    def tower_module(self, tower: TowerGeometry) -> nn.Module | None:
+        """Like :meth:`module`, for parameters used inside a vision tower of these sizes (:attr:`Needs.tower`);
+        ``forward`` takes [n, any width] and is only called with n = 0, on steps that do not change the tower's
+        tokens."""
         return None
 
     def plan(self, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:

@@ -51,6 +51,8 @@ class EncoderSignals:
             tower has none, or unless the method sets :attr:`Needs.class_features`.
         project: the model's projector: [n, projector input] -> [n, C], with gradients; ``None`` unless the method sets
             :attr:`Needs.merges_features`. Every rank must call it equally often, with n = 0 if it has no images.
+        group: [V] int64, batch-wide index of the token of the tower that holds each patch, if :attr:`Needs.tower` is
+            set (``attention`` and ``keys`` are then empty); -1 for tokens that are not patches.
     """
 
     attention: Tensor
@@ -60,6 +62,7 @@ class EncoderSignals:
     heads: int = 1
     class_features: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    group: Tensor | None = None
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Candidates:
         instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
         ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
         encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers` or
-            :attr:`Needs.encoder_features`.
+            :attr:`Needs.encoder_features`, or :attr:`Needs.tower`.
         memory: scratch space for this method during one forward pass; empty at its first drop point.
         module: the module returned by :meth:`PruningMethod.module`.
         training: whether gradients are needed.

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
+from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
@@ -39,6 +40,7 @@ class Combined(PruningMethod):
             raise ValueError(f"combinations cannot be nested ({nested[0]}); put all methods into one list")
         for what, users in (
             ("the vision tower's attention", [m.name for m in self.methods if m.needs.encoder_layers]),
+            ("the vision tower (its attention or its tokens)", _users_of_changed_tower(self.methods)),
             ("the choice of keys to keep in the key-value cache", [m.name for m in self.methods if _chooses_keys(m)]),
         ):
             if len(users) > 1:
@@ -64,6 +66,7 @@ class Combined(PruningMethod):
             merges_features=any(need.merges_features for need in needs),
             class_features=any(need.class_features for need in needs),
             question=any(need.question for need in needs),
+            tower=next((need.tower for need in needs if need.tower is not None), None),
             hidden_after=keys.hidden_after,
             hides_front=any(need.hides_front for need in needs),
         )
@@ -76,6 +79,7 @@ class Combined(PruningMethod):
         ]
         drops.sort(key=lambda drop: drop.layer)  # stable sort: methods that drop at the same layer act in list order
         _check_frames(self.methods, drops)
+        _check_tower(self.methods, drops)
         _check_returns(self.methods, drops)
         _check_learned(self.methods, drops)
         _check_ranking(self.methods, drops)
@@ -89,6 +93,10 @@ class Combined(PruningMethod):
 
     def module(self, hidden: int, num_layers: int) -> nn.Module | None:
         modules = {str(i): m for i, method in enumerate(self.methods) if (m := method.module(hidden, num_layers))}
+        return nn.ModuleDict(modules) if modules else None
+
+    def tower_module(self, tower: TowerGeometry) -> nn.Module | None:
+        modules = {str(i): m for i, method in enumerate(self.methods) if (m := method.tower_module(tower))}
         return nn.ModuleDict(modules) if modules else None
 
     def input_share(self, num_layers: int) -> float:
@@ -142,6 +150,12 @@ def _chooses_keys(method: PruningMethod) -> bool:
     return type(method).keys is not PruningMethod.keys
 
 
+def _users_of_changed_tower(methods: tuple[PruningMethod, ...]) -> list[str]:
+    """The methods that change or read the vision tower, if one of them changes its tokens."""
+    changed = any(method.needs.tower is not None for method in methods)
+    return [method.name for method in methods if changed and method.needs.from_tower]
+
+
 def _drops(method: PruningMethod, num_layers: int) -> tuple[Drop, ...]:
     try:
         return method.drops(num_layers)
@@ -159,6 +173,18 @@ def _check_frames(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None
             raise ValueError(
                 f"{name} compares whole frames of a video, but {other} drops tokens before it (before layer "
                 f"{before[0].layer}); {same}" + (", or remove one of them" if before[0].compares_frames else "")
+            )
+
+
+def _check_tower(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
+    """Reject a drop before that of a method that merges tokens inside the vision tower, whose tokens all patches of a
+    group still repeat."""
+    first = methods[drops[0].owner] if drops else None
+    for method in methods:
+        if method.needs.tower is not None and first is not None and method is not first:
+            raise ValueError(
+                f"{method.name} changes the vision tower's tokens, so no method may drop before it, but {first.name} "
+                f"drops before layer {drops[0].layer}; list {method.name} first"
             )
 
 

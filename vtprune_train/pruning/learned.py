@@ -138,4 +138,6 @@ def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
 
 def learns(method: PruningMethod | None) -> bool:
     """Return whether the method, or any method in a combination, has learned parameters."""
-    return method is not None and any(type(part).module is not PruningMethod.module for part in method.parts)
+    names = ("module", "tower_module")
+    parts = () if method is None else method.parts
+    return any(getattr(type(part), name) is not getattr(PruningMethod, name) for part in parts for name in names)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import InstanceOf
+
 from vtprune_train.pruning.setting_types import Settings
+from vtprune_train.pruning.tower import TowerChange
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
@@ -48,6 +51,7 @@ class Needs(Settings):
         question: provide the text between the last image and the next answer on the host, in
             ``boundary.segments``. A model that is called without the training loop's collator reads it with the
             tokenizer in the folder that it was loaded from.
+        tower: how the tokens inside the vision tower change; not together with ``encoder_layers``.
         hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
             query row that follows the image (``query``), or right after the image's span (``span``).
         hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
@@ -67,11 +71,17 @@ class Needs(Settings):
     merges_features: bool = False
     class_features: bool = False
     question: bool = False
+    tower: InstanceOf[TowerChange] | None = None
     hidden_after: HiddenAfter = "query"
     hides_front: bool = False
 
     @property
     def from_tower(self) -> str:
+        """What is needed from the vision tower, for messages; empty if nothing is."""
+        return "to change the vision tower's tokens" if self.tower is not None else self.read_from_tower
+
+    @property
+    def read_from_tower(self) -> str:
         """What is read from the vision tower, for messages; empty if nothing is."""
         if self.encoder_layers:
             return "the vision tower's attention"

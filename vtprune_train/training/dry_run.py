@@ -107,14 +107,14 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
-        *_samples(layout, drops, per, cost, config.data.max_length),
+        *_samples(layout, method, cost, config.data.max_length),
         *_whole_training(config, layout, cost),
         "",
         *sample_lines(config, loop, layout),
         "",
         *_parameters(config, model, zero_stage(settings), estimate.parameters),
         "",
-        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, per, cost, estimate.batch, steps),
+        *_worst_micro_batch(config, layout, None if _has_full_steps(config) else method, cost, estimate.batch, steps),
         "",
         *_memory(config, estimate, gpus, memory),
     ]
@@ -134,7 +134,7 @@ def _data(config: Config, needed: bool) -> list[str]:
     return check_records(config)
 
 
-def _samples(layout: ImageLayout, drops: Sequence[Drop], per: Per, cost: TrainingCost, max_length: int) -> list[str]:
+def _samples(layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, max_length: int) -> list[str]:
     """A table of costs for the family's image resolutions, and for a video if the run has videos."""
     header = (
         f"{'image':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
@@ -142,25 +142,25 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], per: Per, cost: Trainin
     lines = [header, f"{'':56}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
     for size in layout.examples():
         [of] = layout.visual_tokens([size])
-        lines.append(_sample_line(f"{size[0]} x {size[1]}", of, TYPICAL_TEXT, drops, per, cost))
+        lines.append(_sample_line(f"{size[0]} x {size[1]}", of, TYPICAL_TEXT, method, cost))
     if layout.video is not None:
-        lines += _video_lines(layout, drops, per, cost, max_length)
+        lines += _video_lines(layout, method, cost, max_length)
     lines.append("FLOPs / dense: forward and backward of the whole model; speed-ups are FLOP ratios, not measurements")
     return lines
 
 
-def _sample_line(label: str, of: VisualTokens, text: int, drops: Sequence[Drop], per: Per, cost: TrainingCost) -> str:
+def _sample_line(label: str, of: VisualTokens, text: int, method: PruningMethod | None, cost: TrainingCost) -> str:
+    drops = () if method is None else method.drops(cost.decoder.num_layers)
+    per: Per = "video" if method is None else method.per
     visual = np.array([of.total] if of.frames else of.runs)
     frames = np.full(len(visual), of.frames)
     lengths = stage_lengths(np.array([text]), visual, np.zeros(len(visual), dtype=np.int64), drops, frames, per)
-    ratio, decoder, whole = _against_dense(lengths, drops, cost, of)
+    ratio, decoder, whole = _against_dense(lengths, drops, method, cost, of)
     stages = " / ".join(str(n) for n in lengths[0])
     return f"{label:>12}{of.tiles:>8}{text:>6}  {stages:<30}{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
 
 
-def _video_lines(
-    layout: ImageLayout, drops: Sequence[Drop], per: Per, cost: TrainingCost, max_length: int
-) -> list[str]:
+def _video_lines(layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, max_length: int) -> list[str]:
     """A table row for a 30 s video with the run's sampling, and a description of the video."""
     clip = layout.clip(SHORT_VIDEO)
     [of] = layout.visual_tokens([clip])
@@ -168,7 +168,7 @@ def _video_lines(
     name, length = f"{SHORT_VIDEO.duration:.0f} s video", of.total + TYPICAL_TEXT + written
     too_long = f"; longer than data.max_length={max_length}, see data.video" if length > max_length else ""
     return [
-        _sample_line(name, of, TYPICAL_TEXT + written, drops, per, cost),
+        _sample_line(name, of, TYPICAL_TEXT + written, method, cost),
         f"{name}: {clip.height} x {clip.width}, {len(clip.indices)} of {clip.total} frames, "
         f"{of.frames or len(of.runs)} steps in time, {of.total} visual tokens{too_long}",
     ]
@@ -221,14 +221,16 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
             drops, num_layers
         )
 
-    flops = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
+    pruned = lengths(phase.drops(num_layers))
+    flops = cost.sample(*pruned, np.array(tiles), supervised, method=phase.method)[0]
     if phase.teacher is not None:
         flops += cost.forward_text(*lengths(phase.teacher.drops(num_layers)), supervised)[0]
+        flops += cost.teacher_vision(np.array(tiles), None, phase.teacher.method).sum()
     return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 
 def _against_dense(
-    lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, of: VisualTokens
+    lengths: np.ndarray, drops: Sequence[Drop], method: PruningMethod | None, cost: TrainingCost, of: VisualTokens
 ) -> tuple[float, float, float]:
     """FLOP ratio of the whole model, and ideal speed-ups of the decoder and the whole model."""
     num_layers = cost.decoder.num_layers
@@ -236,9 +238,11 @@ def _against_dense(
     decoder = float(cost.decoder.stages(lengths, layers).sum())
     decoder_dense = float(cost.decoder.stages(lengths[:, :1], [num_layers]).sum())
     supervised = np.array([TYPICAL_TEXT // 2])
-    vision = float(cost.vision(np.array([of.tiles]), np.array([of.frames]))[0])
+    vision, dense_vision = (
+        float(cost.vision(np.array([of.tiles]), np.array([of.frames]), tower_of)[0]) for tower_of in (method, None)
+    )
     whole = float(cost.text(lengths, layers, supervised)[0]) + vision
-    dense = float(cost.text(lengths[:, :1], [num_layers], supervised)[0]) + vision
+    dense = float(cost.text(lengths[:, :1], [num_layers], supervised)[0]) + dense_vision
     return whole / dense, decoder_dense / decoder, dense / whole
 
 
@@ -302,19 +306,15 @@ def _largest_micro_batches(
 
 
 def _worst_micro_batch(
-    config: Config,
-    layout: ImageLayout,
-    drops: Sequence[Drop],
-    per: Per,
-    cost: TrainingCost,
-    batch: MicroBatch,
-    steps: int,
+    config: Config, layout: ImageLayout, method: PruningMethod | None, cost: TrainingCost, batch: MicroBatch, steps: int
 ) -> list[str]:
+    drops = () if method is None else method.drops(cost.decoder.num_layers)
+    per: Per = "video" if method is None else method.per
     count = _most_samples(config)
     text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
     tiles, frames = np.full(count, batch.tiles // count), np.full(count, steps)
     lengths = stage_lengths(text, visual, np.arange(count), drops, frames, per)
-    flops = cost.sample(lengths, batch.layers, tiles, text, frames=frames).sum()
+    flops = cost.sample(lengths, batch.layers, tiles, text, frames=frames, method=method).sum()
     return [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
         f"({visual[0]} visual, {text[0]} text), {batch.tiles} {layout.unit}"

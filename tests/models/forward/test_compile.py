@@ -33,6 +33,8 @@ METHODS = {
     "plphp": method_from_settings({"method": "plphp"}),
     "victor": method_from_settings({"method": "victor"}),
     "vtc_cls": method_from_settings({"method": "vtc_cls", "layers": 2}),
+    "tome": method_from_settings({"method": "tome"}),
+    "vistog": method_from_settings({"method": "vistog"}),
 }
 
 

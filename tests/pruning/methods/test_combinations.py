@@ -18,6 +18,7 @@ from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.divprune import DivPrune
+from vtprune_train.pruning.methods.downsample import Downsample
 from vtprune_train.pruning.methods.fastv import FastV
 from vtprune_train.pruning.methods.feather import Feather
 from vtprune_train.pruning.methods.fopru import FoPru
@@ -26,10 +27,12 @@ from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.pool import Pool
 from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+from vtprune_train.pruning.methods.tome import ToMe
 from vtprune_train.pruning.methods.uniform import Uniform
 from vtprune_train.pruning.methods.victor import Victor
 from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
 from vtprune_train.pruning.methods.visionzip import VisionZip
+from vtprune_train.pruning.methods.vistog import VisToG
 from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 ADAPTIVE = ("prumerge", "prunevid", "text_interaction")  # count on the device by default
 LAYERS = 6  # of the families' tiny decoders
-TOWER = {name for name in METHODS if method_class(name)().needs.from_tower}  # not read for these families
+TOWER = {name for name in METHODS if method_class(name)().needs.from_tower}  # read or changed; not for these families
 BATCH = [
     [0, "what is shown here ? assistant :"],
     ["a red", 1, "and", 2, "two ? assistant :"],
@@ -52,6 +55,9 @@ NAMED = [
     (HiDrop(enter=1), FastV(layer=3, rank_with="next_layer")),
     (DivPrune(keep=0.02), Feather()),
     (DivPrune(keep=0.3), VoCo(tokens=2)),
+    (ToMe(), PyramidDrop()),
+    (Downsample(keep=0.3), PLPHP()),
+    (VisToG(keep=0.5), PyramidDrop()),
 ]
 
 

@@ -20,6 +20,7 @@ from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class
+from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.methods.feather import Feather
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.pruning.schedules.budget import first_that_fits, layer_counts
@@ -101,7 +102,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(parts, name):
     assert without <= {"model.image_newline"} if name in NEWLINES_GO else not without, "no gradient reaches them"
     assert all(p.grad.isfinite().all() for p in trained.values())
     learned = [key for key in trained if ".pruning." in key]
-    makes = name != NONE and built(name).module(32, 6) is not None
+    makes = learns(built(name))
     assert bool(learned) == makes
 
     model.zero_grad()
@@ -158,6 +159,9 @@ DEFAULTS = {
     "fopru": {"keep": 0.25, "strategy": "rank", "positions": "renumber"},
     "vtc_cls": {"keep": 0.25, "layers": 8, "positions": "renumber"},
     "visionzip": {"keep": 192 / 576, "contextual": 30 / 192, "positions": "renumber"},
+    "downsample": {"keep": 0.5, "positions": "renumber"},
+    "tome": {"keep": 0.5, "layers": None, "proportional": True, "positions": "renumber"},
+    "vistog": {"keep": 0.25, "positions": "renumber"},
     "divprune": {"keep": 0.098, "positions": "renumber"},
     "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
     "scope": {"keep": 64 / 576, "alpha": 1.0, "positions": "renumber"},

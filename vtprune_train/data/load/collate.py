@@ -179,7 +179,7 @@ class Collator:
     ) -> dict[str, float]:
         visuals = [of for sample in loaded for of in self.layout.visual_tokens(sample.images.sizes)]
         tiles, frames = (np.array([value(of) for of in visuals], dtype=np.int64) for value in (TILES, FRAMES))
-        vision = float(self.cost.vision(tiles, frames).sum())
+        vision, dense_vision = (float(self.cost.vision(tiles, frames, of).sum()) for of in (phase.method, None))
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
         pass_cost = flops.PassCost.of(self.cost, plan, phase.method, supervised)
         other = vision
@@ -188,8 +188,9 @@ class Collator:
             lengths = np.array([stage.segment_lengths for stage in teacher.plan.stages]).T
             other += float(self.cost.forward_text(lengths, flops.stage_layers(teacher.plan), supervised).sum())
             other += flops.selector_flops(self.cost.decoder, teacher.plan, phase.teacher.method)
+            other += float(self.cost.teacher_vision(tiles, frames, phase.teacher.method).sum())
         full = np.array(plan.stages[0].segment_lengths)[:, None]
-        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + vision
+        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + dense_vision
         visual = sum(span.length for segment in segments for span in segment.spans)
         return {
             "flops_dense": float(dense),

@@ -109,12 +109,20 @@ class StepCosts:
         lengths = stage_lengths(measured.text, *spans, drops, measured.span_frames, phase.per)
         layers = layers_per_stage(drops, num_layers)
         costs = self.cost.sample(
-            lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
+            lengths,
+            layers,
+            measured.span_tiles,
+            measured.supervised,
+            measured.span_sample,
+            measured.span_frames,
+            phase.method,
         )
         if phase.teacher is not None:
             drops, per = phase.teacher.drops(num_layers), phase.teacher.per
             taught = stage_lengths(measured.text, *spans, drops, measured.span_frames, per)
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
+            seen = self.cost.teacher_vision(measured.span_tiles, measured.span_frames, phase.teacher.method)
+            costs = costs + np.bincount(measured.span_sample, weights=seen, minlength=len(costs))
         return lengths[:, 0], costs
 
 

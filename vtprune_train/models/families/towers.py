@@ -72,6 +72,9 @@ def tile_tower(config: Any) -> TowerGeometry:
         projector_in=vision.hidden_size * len(feature_states(config)),
         projector_out=config.text_config.hidden_size,
         class_tokens=CLASS_TOKENS[vision.model_type],
+        grid=patch_grid(vision),
+        depth=min(feature_states(config)),
+        heads=vision.num_attention_heads,
     )
 
 

@@ -428,13 +428,17 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
     def rows(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.index_select(0, known).masked_fill(learned[:, None], 0.0)
 
+    def numbers(tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, known).masked_fill(learned, -1)
+
     return replace(
         signals,
         attention=signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
         keys=rows(signals.keys),
-        tile=signals.tile.index_select(0, known).masked_fill(learned, -1),
+        tile=numbers(signals.tile),
         features=rows(signals.features),
         class_features=rows(signals.class_features),
+        group=None if signals.group is None else numbers(signals.group),
     )
 
 

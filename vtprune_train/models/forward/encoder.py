@@ -22,8 +22,10 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import Family, required
 from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
+from vtprune_train.models.forward.calls import State
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
+from vtprune_train.models.forward.tower_tokens import Change, changing, check_change
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 from vtprune_train.pruning.needs import Needs, TowerLayer
@@ -37,7 +39,13 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
     Raises:
         ValueError: the message names the method, the family and alternatives.
     """
-    needed = method.needs.from_tower
+    if method.needs.tower is not None:
+        try:
+            check_change(config, family, method.needs)
+        except ValueError as error:
+            name = method.needs.tower.name
+            raise ValueError(f"{name}: {error}") from error
+    needed = method.needs.read_from_tower
     if not needed:
         return
     instead = "use a method that does not need it, for example divprune or cdpruner"
@@ -233,10 +241,14 @@ class Reading:
 
 
 @contextmanager
-def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
-    """Context manager that captures what ``method`` needs from the vision tower of ``base``; yields ``None`` if it
-    needs nothing. The hooks are removed afterwards, before activation checkpointing runs a layer again. A compiled
-    tower runs eagerly inside the context."""
+def reading(base: HFModule, state: State, method: PruningMethod | None) -> Iterator[Reading | Change | None]:
+    """Context manager that captures what ``method`` needs from the vision tower of ``base``, or changes the tower's
+    tokens for it; yields ``None`` if it needs nothing. The hooks are removed afterwards, before activation
+    checkpointing runs a layer again. A compiled tower runs eagerly inside the context."""
+    if method is not None and method.needs.tower is not None:
+        with eager(base.vision_tower), changing(base, state, method) as change:
+            yield change
+        return
     if method is None or not method.needs.from_tower:
         yield None
         return
@@ -270,24 +282,26 @@ def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSi
     sizes = list(lengths)
     optional = [
         [None] * len(sizes) if tensor is None else tensor.split(sizes)
-        for tensor in (signals.features, signals.class_features)
+        for tensor in (signals.features, signals.class_features, signals.group)
     ]
     parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes), *optional
-    return [
-        replace(signals, attention=attention, keys=keys, tile=tile, features=features, class_features=class_features)
-        for attention, keys, tile, features, class_features in zip(*parts, strict=True)
-    ]
+    names = ("attention", "keys", "tile", "features", "class_features", "group")
+    return [replace(signals, **dict(zip(names, part, strict=True))) for part in zip(*parts, strict=True)]
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
     """Concatenate the signals of several images."""
-    features = [image.features for image in images if image.features is not None]
-    class_features = [image.class_features for image in images if image.class_features is not None]
+
+    def optional(name: str) -> Tensor | None:
+        known = [tensor for image in images if (tensor := getattr(image, name)) is not None]
+        return torch.cat(known) if known else None
+
     return replace(
         images[0],
         attention=torch.cat([image.attention for image in images], dim=1),
         keys=torch.cat([image.keys for image in images]),
         tile=torch.cat([image.tile for image in images]),
-        features=torch.cat(features) if features else None,
-        class_features=torch.cat(class_features) if class_features else None,
+        features=optional("features"),
+        class_features=optional("class_features"),
+        group=optional("group"),
     )

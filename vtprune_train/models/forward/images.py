@@ -40,7 +40,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     image in the current call."""
     inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
-    with reading(self, state.method) as read:
+    with reading(self, state, state.method) as read:
         features = original(**{**inputs, "return_dict": True})
     images = features.pooler_output
     lengths = state.family.image_lengths(images)

@@ -23,6 +23,7 @@ from vtprune_train.models.forward.calls import STATE, State
 from vtprune_train.models.forward.decoder import HEAD, TOWER, DecoderOutput, Staging, run_layers
 from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.forward.head import Teaching
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
 
@@ -69,26 +70,52 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     if state.rank_by is not None:
         raise ValueError("rank_by is not supported for a PackedBatch; leave it out of prune(...)")
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    with reading(self, state.method) as read, record_function(TOWER):
-        tables = _feature_tables(self, batch, text_TC.dtype)
-    encoder = None if read is None else read.signals(_patches(self, state, batch))
-    deepstack: tuple[Tensor, ...] = ()
-    if len(batch.visual_rows):
-        visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
-        embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
-        deepstack = tuple(deeper)
-    else:
-        # Ranks without images must still produce (zero) gradients for tower, projector and newline.
-        zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
-        embeds_TC = text_TC + torch.stack(zeros).sum()
+    embedded = _embedded(self, state, batch, text_TC, _tower_method(state, batch.plan))
     taught_RC = None
     if batch.teacher is not None:
         with torch.no_grad():
+            taught = embedded
+            if state.method is not None and state.method.needs.tower is not None:  # the teacher has another tower
+                taught = _embedded(self, state, batch, text_TC, _tower_method(state, batch.teacher.plan))
             taught_RC, _ = self.language_model(
-                embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder, deepstack, batch.visual_rows
+                taught.embeds.detach(), batch.teacher.plan, batch.positions, *taught[1:], batch.visual_rows
             )
-    student = self.language_model(embeds_TC, batch.plan, batch.positions, encoder, deepstack, batch.visual_rows)
+    embeds_TC, *signals = embedded
+    student = self.language_model(embeds_TC, batch.plan, batch.positions, *signals, batch.visual_rows)
     return *student, taught_RC
+
+
+class _Embedded(NamedTuple):
+    """Inputs of the decoder: embeddings [T, C] with visual features inserted, signals of the vision tower, and the
+    features for DeepStack [V, C]."""
+
+    embeds: Tensor
+    encoder: EncoderSignals | None
+    deepstack: tuple[Tensor, ...]
+
+
+def _embedded(
+    self: HFModule, state: State, batch: PackedBatch, text_TC: Tensor, method: PruningMethod | None
+) -> _Embedded:
+    """Run the tower for ``method`` and insert visual features into the text's embeddings."""
+    with reading(self, state, method) as read, record_function(TOWER):
+        tables = _feature_tables(self, state, batch, text_TC.dtype)
+    encoder = None if read is None else read.signals(_patches(self, state, batch))
+    if len(batch.visual_rows):
+        visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
+        return _Embedded(text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype)), encoder, tuple(deeper))
+    # Ranks without images must still produce (zero) gradients for tower, projector and newline.
+    zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
+    return _Embedded(text_TC + torch.stack(zeros).sum(), encoder, ())
+
+
+def _tower_method(state: State, plan: StreamPlan) -> PruningMethod | None:
+    """The method that the tower runs with in a pass: if it changes the tower's tokens, the one of this step's schedule,
+    which does not change them while all tokens are kept."""
+    if state.method is None or state.method.needs.tower is None:
+        return state.method
+    method: PruningMethod | None = plan.outline.method
+    return method
 
 
 def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
@@ -103,10 +130,10 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     return index.index_select(0, batch.visual_index)
 
 
-def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+def _feature_tables(self: HFModule, state: State, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
     """Feature tables [features, C] indexed by ``batch.visual_index``: the input of the decoder and, for families with
     DeepStack, the features that are added after each of its first layers."""
-    images, *deeper = _image_tables(self, batch, dtype)
+    images, *deeper = _image_tables(self, state, batch, dtype)
     if batch.video_pixels is None:
         return [images, *deeper]
     assert not deeper, "families with DeepStack features compute videos like images, without video_pixels"
@@ -116,11 +143,11 @@ def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> l
     return [rows if newline is None else torch.cat([rows, newline.to(rows.dtype).unsqueeze(0)])]
 
 
-def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+def _image_tables(self: HFModule, state: State, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
     """The features of all images, and of videos in families that compute them like images."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
-        features = _tile_features(self, pixels)
+        features = _tile_features(self, state, pixels)
         newline = getattr(self, "image_newline", None)
         return [features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])]
     # Keep sizes on the host so that the family's code reads them without a sync.
@@ -134,9 +161,10 @@ def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
     return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
 
 
-def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
+def _tile_features(self: HFModule, state: State, pixel_values: Tensor) -> Tensor:
     """[P * patches, C]: run all tiles through vision tower and projector in one batch, without class tokens."""
-    trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+    modules = self.vision_tower, None if state.running.tower is None else state.running.tower.module
+    trains = any(p.requires_grad for module in modules if module is not None for p in module.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     layer = self.config.vision_feature_layer

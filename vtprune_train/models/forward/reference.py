@@ -40,8 +40,7 @@ def reference_for(model: HFModule, family: Family, rank_by: Any, method: Pruning
     if method is None:
         raise ValueError(f"rank_by={_name(rank_by)}: without a method nothing is dropped; leave rank_by out")
     num_layers = model.config.get_text_config().num_hidden_layers
-    if learns(method) or method.key_layers(num_layers):
-        why = "trains parameters that select tokens" if learns(method) else "drops keys in each layer, not tokens"
+    if why := _not_from_another(method, num_layers):
         raise ValueError(f"rank_by={_name(rank_by)}: {method.name} {why}; leave rank_by out, or use another method")
     if isinstance(rank_by, str) and rank_by == REFERENCE:
         return RankBy(None)
@@ -54,6 +53,15 @@ def reference_for(model: HFModule, family: Family, rank_by: Any, method: Pruning
     if theirs.title != family.title:
         raise ValueError(f"rank_by is a {theirs.title}, but the model a {family.title}; use a model of the same family")
     return RankBy(other)
+
+
+def _not_from_another(method: PruningMethod, num_layers: int) -> str:
+    """Why the choices of a method cannot be taken from another model; empty if they can."""
+    if learns(method):
+        return "trains parameters that select tokens"
+    if method.needs.tower is not None and not method.needs.tower.fixed:
+        return "merges tokens inside the vision tower, where each model merges others"
+    return "drops keys in each layer, not tokens" if method.key_layers(num_layers) else ""
 
 
 def _name(rank_by: Any) -> str:

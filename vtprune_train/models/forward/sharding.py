@@ -48,11 +48,16 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
             "method runs it a second time to rank visual tokens with gradients: do not make decoder layers leaf "
             "modules (set_z3_leaf_modules), or set differentiable=False"
         )
-    with _INSTALLING:
-        if _FORWARD not in inner.__dict__:
-            _replace_forward(inner)
+    _install(inner)
     # Use nn.Module.__call__ directly so that no subclass applies checkpointing to this call.
     return nn.Module.__call__(module, *tensors, **{_FUNCTION: function})
+
+
+def call_as(module: nn.Module, function: Callable[..., T], *tensors: Tensor) -> T:
+    """Run ``function(module, *tensors)`` instead of the module's ``forward``, with all hooks of its call."""
+    *_, inner = _unwrapping(module)
+    _install(inner)
+    return module(*tensors, **{_FUNCTION: function})  # type: ignore[no-any-return]
 
 
 def _unwrapping(module: nn.Module) -> Iterator[nn.Module]:
@@ -88,6 +93,12 @@ def restore_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
         if original is not None:
             module.forward = original
+
+
+def _install(module: nn.Module) -> None:
+    with _INSTALLING:
+        if _FORWARD not in module.__dict__:
+            _replace_forward(module)
 
 
 def _replace_forward(module: nn.Module) -> None:

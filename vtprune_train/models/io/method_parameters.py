@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.io.build import LEARNED_NAME
 from vtprune_train.models.io.provenance import weight_files
@@ -37,7 +38,7 @@ def attach(model: HFModule, method: PruningMethod) -> None:
     Values come from the model's checkpoint if that was saved with the same method. Otherwise they are initialized, with
     a warning; initial values depend only on PyTorch's seed, not on random numbers drawn since it was set."""
     text_model = model.get_submodule(family_of(model).decoder)
-    module = fresh(method, text_model)
+    module = fresh(method, text_model, model)
     detach(model)
     if module is not None:
         _fill(module, saved_tensors(model, method), model, method)
@@ -76,7 +77,7 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
     """
     if not learns(method):
         return
-    module = fresh(method, model.get_submodule(family_of(model).decoder))
+    module = fresh(method, model.get_submodule(family_of(model).decoder), model)
     if module is None:
         return
     state, names = module.state_dict(), _names(method)
@@ -106,19 +107,30 @@ def saved_learner(config: PreTrainedConfig, source: str = "") -> PruningMethod |
     return method if learns(method) else None
 
 
-def fresh(method: PruningMethod, text_model: HFModule) -> nn.Module | None:
+def fresh(method: PruningMethod, text_model: HFModule, model: HFModule | None = None) -> nn.Module | None:
     """The initialized module of ``method.module`` for a decoder, in its dtype and on its device; ``None`` if there is
-    none."""
+    none. With ``model``, that of ``method.tower_module`` too."""
     weight, config = text_model.get_input_embeddings().weight, text_model.config
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(torch.initial_seed())
         added = method.module(config.hidden_size, len(text_model.layers))
+        if model is not None and method.needs.tower is not None:
+            added = _joined(added, method.tower_module(tile_tower(model.get_submodule(family_of(model).base).config)))
         if added is None:
             return None
         for module in added.modules():
             if isinstance(module, nn.Embedding):
                 text_model._init_weights(module)
     return added.to(weight.device, weight.dtype).train(text_model.training)
+
+
+def _joined(first: nn.Module | None, second: nn.Module | None) -> nn.Module | None:
+    """One module of both; two only in a combination, whose parts have different names."""
+    if first is None or second is None:
+        return first or second
+    assert isinstance(first, nn.ModuleDict) and isinstance(second, nn.ModuleDict)
+    first.update(dict(second.items()))
+    return first
 
 
 @torch.no_grad()

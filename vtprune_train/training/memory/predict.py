@@ -23,10 +23,11 @@ from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of, trained_family
 from vtprune_train.models.families.base import normalizes_queries_and_keys
-from vtprune_train.models.families.towers import SavedByTower
+from vtprune_train.models.families.towers import SavedByTower, class_tokens, tile_tower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.models.io.placement import whole_shape
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.training import muon
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.memory.pinned import pinned_bytes
@@ -361,12 +362,21 @@ class Geometry:
         return len(self.layers)
 
     @classmethod
-    def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
+    def of(
+        cls, model_config: Any, dtype: str, train: Sequence[str], attention: str, method: PruningMethod | None = None
+    ) -> Geometry:
         """Read a model config, for weights of ``dtype``, the parts in ``train`` (``model.train``) and the decoder's
         ``attention`` backend. With an adapter, layers are counted as trained, although their norms are frozen and save
-        slightly less; the difference allows for the adapter's activations."""
+        slightly less; the difference allows for the adapter's activations. A ``method`` that shortens the tower is
+        counted with the dense tower, which some of its steps may run."""
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
+        change = None if method is None else method.needs.tower
+        flows = "vision_tower" in train
+        if change is not None and change.learns:
+            longest = max(max(pair) for pair in change.lengths(tile_tower(model_config)))
+            tokens = max(tower.tokens, longest + class_tokens(model_config.vision_config))
+            tower, flows = replace(tower, tokens=tokens), True
         trained = "language_model" in train
         adapts = trained or "lora" in train
         layers = [LayerBytes.of_decoder(text, e, adapts, attention.endswith("varlen_sdpa"))] * text.num_hidden_layers
@@ -375,7 +385,7 @@ class Geometry:
             layers = [layer if index in attending else linear for index, layer in enumerate(layers)]
         return cls(
             tuple(layers),
-            LayerBytes.of_tower(tower, e) if "vision_tower" in train else None,
+            LayerBytes.of_tower(tower, e) if flows else None,
             tower.layers,
             tower.tokens,
             e * tower.projector if trained or {"projector", "lora", "vision_tower"} & set(train) else 0,
@@ -554,7 +564,8 @@ class Estimate:
             groups, list(model.parameters()), train, zero.stage > 0, _four_bit(model) if packed else 0
         )
         attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
-        geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention)
+        method = config.pruning.build()
+        geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention, method)
         saved = [zero.element * _numel(p) for p in model.parameters() if p.requires_grad or config.model.peft is None]
         if zero.stage == 3:
             saved = [-(-sum(saved) // ranks)]
