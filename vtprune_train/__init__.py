@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
     from vtprune_train.pruning.combined import Combined
     from vtprune_train.pruning.methods.cdpruner import CDPruner
+    from vtprune_train.pruning.methods.dart import DART
     from vtprune_train.pruning.methods.divprune import DivPrune
     from vtprune_train.pruning.methods.dycoke import DyCoke
     from vtprune_train.pruning.methods.evs import EVS
@@ -37,14 +38,18 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.feather import Feather
     from vtprune_train.pruning.methods.fopru import FoPru
     from vtprune_train.pruning.methods.hidrop import HiDrop
+    from vtprune_train.pruning.methods.hiprune import HiPrune
+    from vtprune_train.pruning.methods.idpruner import IDPruner
     from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
     from vtprune_train.pruning.methods.plphp import PLPHP
     from vtprune_train.pruning.methods.pool import Pool
+    from vtprune_train.pruning.methods.prefix import Prefix
     from vtprune_train.pruning.methods.prumerge import PruMerge
     from vtprune_train.pruning.methods.prunevid import PruneVid
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
     from vtprune_train.pruning.methods.quecc import QueCC
     from vtprune_train.pruning.methods.random_tokens import Random
+    from vtprune_train.pruning.methods.scope import SCOPE
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
     from vtprune_train.pruning.methods.text_interaction import TextInteraction
     from vtprune_train.pruning.methods.uniform import Uniform
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
     from vtprune_train.pruning.methods.visionselector import VisionSelector
     from vtprune_train.pruning.methods.visionzip import VisionZip
+    from vtprune_train.pruning.methods.vispruner import VisPruner
     from vtprune_train.pruning.methods.voco import VoCo
     from vtprune_train.pruning.methods.vtc_cls import VTCCLS
     from vtprune_train.pruning.methods.zipvl import ZipVL
@@ -63,9 +69,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "DART",
     "EVS",
     "LVLMCSP",
     "PLPHP",
+    "SCOPE",
     "VTCCLS",
     "Boundary",
     "CDPruner",
@@ -79,8 +87,11 @@ __all__ = [
     "Feather",
     "FoPru",
     "HiDrop",
+    "HiPrune",
+    "IDPruner",
     "Needs",
     "Pool",
+    "Prefix",
     "PruMerge",
     "PruneVid",
     "PruningMethod",
@@ -96,6 +107,7 @@ __all__ = [
     "Victor",
     "VidCom2",
     "VideoLLMMoD",
+    "VisPruner",
     "VisionSelector",
     "VisionZip",
     "VoCo",
@@ -123,6 +135,11 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.candidates": ("Candidates", "EncoderSignals", "Ranking", "Selection"),
         "pruning.combined": ("Combined",),
         "pruning.methods.cdpruner": ("CDPruner",),
+        "pruning.methods.dart": ("DART",),
+        "pruning.methods.hiprune": ("HiPrune",),
+        "pruning.methods.idpruner": ("IDPruner",),
+        "pruning.methods.scope": ("SCOPE",),
+        "pruning.methods.vispruner": ("VisPruner",),
         "pruning.methods.divprune": ("DivPrune",),
         "pruning.methods.dycoke": ("DyCoke",),
         "pruning.methods.evs": ("EVS",),
@@ -133,6 +150,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.methods.lvlm_csp": ("LVLMCSP",),
         "pruning.methods.plphp": ("PLPHP",),
         "pruning.methods.pool": ("Pool",),
+        "pruning.methods.prefix": ("Prefix",),
         "pruning.methods.prumerge": ("PruMerge",),
         "pruning.methods.prunevid": ("PruneVid",),
         "pruning.methods.pyramiddrop": ("PyramidDrop",),

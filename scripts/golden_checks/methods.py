@@ -26,7 +26,7 @@ from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Selection
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
 
 FORMAT = "vtprune-golden-1"
 FEATURES = 1e-4  # tolerance of the tower's features
@@ -186,15 +186,20 @@ def check_contract(entries: Entries, tensors: Tensors) -> list[Part]:
     hidden = tensors["hidden"].float().requires_grad_(train)
     if "tower_attention" in tensors:
         own_tile = torch.zeros(len(hidden), dtype=torch.int64)
-        signals = EncoderSignals(tensors["tower_attention"].float(), tensors["tower_keys"].float(), own_tile)
+        keys = tensors["tower_keys"].float() if "tower_keys" in tensors else hidden[:, :0]
+        signals = EncoderSignals(tensors["tower_attention"].float(), keys, own_tile)
     instruction = tensors["instruction"].float() if "instruction" in tensors else hidden[:0]
+    ranking = None
+    if "keys" in tensors:  # of the decoder, for methods that do not read queries
+        keys = tensors["keys"].float()
+        ranking = Ranking(keys.new_zeros(len(instruction), *keys.shape[1:]), keys, 1.0)
     module = method.module(hidden.shape[1], entries.get("depth", 4))
     if module is not None:
         _load(module, tensors)
     boundary = boundary_of(method, entries)
     candidates = Candidates(
-        boundary, hidden, hidden, instruction, encoder=signals, module=module, training=train
-    )  # fmt: skip
+        boundary, hidden, hidden, instruction, ranking, encoder=signals, module=module, training=train
+    )
     with torch.set_grad_enabled(train):
         values, parts = _choice(entries, tensors, method, candidates)
     if train:
@@ -251,10 +256,15 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     if missing := [key for key in incompatible.missing_keys if "position_ids" not in key]:
         raise CaseError(f"weights do not fit the tower: {missing=}")
     config = SimpleNamespace(vision_config=vision, vision_feature_layer=-2)
-    reading = Reading(config, method.needs.encoder_layers, method.needs.encoder_rows)
+    needs = method.needs
+    reading = Reading(config, needs.encoder_layers, needs.encoder_rows, needs.encoder_features)
     handles = reading.hook(getattr(tower, "vision_model", tower))
     pixels = tensors["pixel_values"].float()[None]
     features = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    if (
+        needs.encoder_features
+    ):  # the recorded ones: where tokens are divided by order, rounding changes every later step
+        reading.features = tensors["hidden"].float()[None]
     for handle in handles:
         handle.remove()
     signals = reading.signals(torch.arange(entries["layout"]["visual"]))

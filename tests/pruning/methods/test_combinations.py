@@ -37,13 +37,7 @@ pytestmark = pytest.mark.slow
 
 ADAPTIVE = ("prumerge", "prunevid", "text_interaction")  # count on the device by default
 LAYERS = 6  # of the families' tiny decoders
-TOWER = {
-    "vtc_cls",
-    "fopru",
-    "prumerge",
-    "visionzip",
-    "text_interaction",
-}  # read the vision tower's attention, which Qwen's does not show
+TOWER = {name for name in METHODS if method_class(name)().needs.from_tower}  # not read for these families
 BATCH = [
     [0, "what is shown here ? assistant :"],
     ["a red", 1, "and", 2, "two ? assistant :"],

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 NAMES = [*METHODS, NONE]
 STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.
-NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "text_interaction")
+NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner", "text_interaction")
 
 
 def small_quickstart() -> dict:
@@ -152,6 +152,7 @@ DEFAULTS = {
     "sparsevlm": {"count": "fixed", "recycle": "mean", "positions": "renumber", "heads": 1.0, "gravity": False},
     "plphp": {"keep": 0.4, "delta": 0.3, "alpha": 0.25, "beta": 0.1},
     "fastv": {"keep": 0.5, "rank_with": "this_layer", "positions": "keep"},
+    "dart": {"keep": 0.25, "image_pivots": 4, "text_pivots": 4, "rank_with": "this_layer", "positions": "keep"},
     "feather": {"keep": [0.378, 0.034], "stride": 3, "rank_with": "this_layer", "positions": "keep"},
     "prumerge": {"keep": None, "spatial": 0.0, "positions": "renumber"},
     "fopru": {"keep": 0.25, "strategy": "rank", "positions": "renumber"},
@@ -159,6 +160,10 @@ DEFAULTS = {
     "visionzip": {"keep": 192 / 576, "contextual": 30 / 192, "positions": "renumber"},
     "divprune": {"keep": 0.098, "positions": "renumber"},
     "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
+    "scope": {"keep": 64 / 576, "alpha": 1.0, "positions": "renumber"},
+    "hiprune": {"keep": 192 / 576, "alpha": 0.1, "object_layer": None, "positions": "renumber"},
+    "vispruner": {"keep": 128 / 576, "important": 0.5, "positions": "renumber"},
+    "idpruner": {"keep": 0.25, "balance": 0.5, "at_once": 1, "positions": "renumber"},
     "text_interaction": {"keep": None, "remaining": 0.5, "rank_with": "this_layer", "positions": "keep"},
     "evs": {"keep": 0.3, "positions": "keep"},
     "vidcom2": {"keep": 0.25, "positions": "renumber"},
@@ -169,6 +174,7 @@ DEFAULTS = {
     "visionselector": {"keep": 0.2, "width": None, "soft": False, "temperature": 1.0, "positions": "keep"},
     "quecc": {"kernel": 4, "width": None, "positions": "renumber"},
     "voco": {"tokens": 2, "hide": "all_before"},
+    "prefix": {"tokens": 4},
     "hidrop": {"keep": [count / 576 for count in (215, 10, 5, 1)], "differentiable": True},
     "lvlm_csp": {"keep": [0.16, 0.1], "scatter": "own"},
     "zipvl": {"tau": 0.975, "keep": 1.0},
@@ -205,7 +211,7 @@ def test_every_setting_is_described(name):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("voco", "quecc")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("voco", "prefix", "quecc")])
 def test_a_budget_means_the_same_for_all(name, share):
     """Tokens that enter a layer of 32, on average, by the counts of an image; and where one is dropped, some stay."""
     if name == "dycoke" and share < 0.25:
@@ -248,7 +254,7 @@ def test_earlier_layers_are_in_proportion():
     assert list(earlier((1, 2))) == []
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.encoder_layers])
+@pytest.mark.parametrize("name", [name for name in METHODS if not built(name).needs.from_tower])
 def test_images_of_one_token_and_of_none(name):
     """Of some of them nothing stays; a batch is its samples all the same."""
     segments = [small(lengths, key) for key, lengths in enumerate(([1], [1, 2], [], [0, 3], [7]))]
