@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.clip import save_clip
 from tests.support.families import SPECIAL, family_inputs
 from tests.support.helpers import tiny_model
 from tests.support.passes import check_singly, text_model_of
@@ -19,7 +20,7 @@ from vtprune_train import prune
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.io.build import set_trainable
-from vtprune_train.pruning import METHODS, NONE, method_class
+from vtprune_train.pruning import METHODS, NONE, method_class, method_from_settings
 from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.methods.feather import Feather
 from vtprune_train.pruning.phases import Phases
@@ -29,9 +30,19 @@ from vtprune_train.pruning.schedules.stages import earlier
 pytestmark = pytest.mark.slow
 
 NAMES = [*METHODS, NONE]
+VARIANTS = {
+    "prumerge, as published": {"method": "prumerge", "variant": "published"},
+    "prumerge, as published for training": {
+        "method": "prumerge", "keep": 0.25, "spatial": 1.0, "variant": "published",
+    },
+    "visionzip, as published": {"method": "visionzip", "variant": "published"},
+}  # fmt: skip
+WITH_TEXT_TOWER = "cdpruner, as published"
 STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.
-NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner", "text_interaction")
+NEWLINES_GO = (
+    "vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner", "text_interaction", *VARIANTS
+)  # fmt: skip
 
 
 def small_quickstart() -> dict:
@@ -62,33 +73,46 @@ def runs(tmp_path_factory):
 
 
 def built(name):
-    """The method by its name alone."""
+    """The method by its name alone, or with the settings of a variant."""
+    if name in VARIANTS:
+        return method_from_settings(VARIANTS[name])
     return None if name == NONE else method_class(name)()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_trains_under_zero_3_and_resumes_bit_for_bit(runs, name):
+def overrides(name, folder):
+    """The settings of a run with this method."""
+    if name == WITH_TEXT_TOWER:
+        clip = folder / "clip"
+        settings = {"method": "cdpruner", "text_tower": clip if clip.is_dir() else save_clip(clip, hidden=32)}
+    else:
+        settings = VARIANTS.get(name, {"method": name})
+    return [f"pruning.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("method", [*NAMES, *VARIANTS, WITH_TEXT_TOWER])
+def test_it_trains_under_zero_3_and_resumes_bit_for_bit(runs, method):
     """A fresh process that finds only an earlier checkpoint ends as the run did that went on."""
-    runs.run(name, f"pruning.method={name}", ranks=2)
+    name, settings = method.replace(", ", "_").replace(" ", "_"), overrides(method, runs.folder)
+    runs.run(name, *settings, ranks=2)
     metrics, whole = runs.metrics(name), runs.checkpoint(name)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     losses = [m["loss"] for m in metrics]
     assert all(map(math.isfinite, losses))
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
-    if name != NONE:
+    if method != NONE:
         exported = json.loads((whole / "hf" / "config.json").read_text())
-        assert exported["pruning"]["method"] == name
+        assert f"pruning.method={exported['pruning']['method']}" == settings[0]
 
     stopped = runs.directory(f"{name}_resumed")
     shutil.copytree(runs.directory(name), stopped)
     shutil.rmtree(stopped / "checkpoints" / whole.name)
     (stopped / "checkpoints" / "latest").write_text(f"step_{STOP:08d}")
-    runs.run(f"{name}_resumed", f"pruning.method={name}", ranks=2)
+    runs.run(f"{name}_resumed", *settings, ranks=2)
     assert_same_metrics(runs.metrics(f"{name}_resumed"), metrics)
     assert_equal_checkpoints(runs.checkpoint(f"{name}_resumed"), whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_gradients_reach_what_is_trained_and_nothing_else(parts, name):
     """Also where the tower is frozen and read, and where a micro-batch has no picture."""
     model = prune(tiny_model(), built(name)).train()
@@ -125,7 +149,7 @@ def new_tokens(model, prompts):
         return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_a_batch_of_four_generates_what_four_single_runs_do(name):
     """Pictures of several sizes, two of them in one row, and a row without; padded on the left."""
     torch.manual_seed(3)  # of parameters that the method adds
