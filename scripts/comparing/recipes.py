@@ -1,7 +1,8 @@
-"""Rows of a comparison at equal training time: which settings they train with, for how many steps, and their results."""
+"""Rows of a comparison at equal training time: their settings, their numbers of steps, and their results."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ import yaml
 from vtprune_train.bench.runs import Asked, Cells, Run, as_overrides, cell_name, complete, single_threaded
 from vtprune_train.bench.standard_errors import mean_and_error
 from vtprune_train.bench.step_times import step_times
-from vtprune_train.bench.tasks import Task
+from vtprune_train.bench.tasks import TASKS, Task
 from vtprune_train.config.load import load_config
 from vtprune_train.config.pruning import TRAINING_ONLY
 from vtprune_train.evaluation.questions import Question
@@ -27,6 +28,10 @@ from vtprune_train.pruning import METHODS, NONE, PruningMethod, method_class
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
 PADDED = "dense_padded"  # the row of the dense model in transformers' code
+PADDED_NOTE = (
+    "dense, on padded batches in transformers' own code. Its steps give the same model, so it is trained packed; "
+    "seconds are those of the packed steps times the ratio of the step times"
+)
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,16 @@ def row_of(name: str, task: Task, budget: float, recipes: Mapping[str, Sequence[
         ValueError: there is no such row, or one of its settings is wrong.
     """
     if name in (NONE, PADDED):
-        note = "padded batches in transformers' own code; same result per step, so trained packed" * (name == PADDED)
-        return Row(name, (*common, *as_overrides(None)), None, note or None)
+        return Row(name, (*common, *as_overrides(None)), None, PADDED_NOTE if name == PADDED else None)
     if name not in recipes and name not in METHODS:
         raise ValueError(f"{name!r} is neither a recipe ({', '.join(recipes)}) nor a method ({', '.join(METHODS)})")
-    overrides = (*common, *(recipes[name] if name in recipes else (f"pruning.method={name}",)))
+    overrides = (*common, *recipes.get(name, (f"pruning.method={name}",)))
     trained = load_config(task.recipe, overrides).pruning
-    keys = {override.partition("=")[0].removeprefix("pruning.").split(".")[0] for override in overrides
-            if override.startswith("pruning.")}  # fmt: skip
-    if keys - {"method", *TRAINING_ONLY}:
+    keys = {override.partition("=")[0] for override in overrides if override.startswith("pruning.")}
+    if {key.split(".")[1] for key in keys} - {"method", *TRAINING_ONLY}:
         return Row(name, overrides, trained.build())
+    if not isinstance(trained.method, str):
+        raise ValueError(f"recipe {name} combines methods, so it must set what they keep")
     method, note = at_budget(trained.method, budget, task.num_layers)
     return Row(name, (*overrides, *as_overrides(method)), method, note)
 
@@ -146,22 +151,43 @@ def clock(task: Task, rows: Sequence[Row], steps: int, num_steps: int, root: Pat
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows share; see ``--help`` of the scripts."""
+    """What all runs share; see :func:`add_options`."""
 
     steps: int
     seeds: tuple[int, ...]
-    questions: int
+    images: int
     batch_size: int
     jobs: int
     root: Path
 
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Options:
+        """The options on the command line."""
+        seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+        return cls(
+            arguments.steps, seeds, arguments.images, arguments.batch_size, arguments.jobs, arguments.runs
+        )  # fmt: skip
+
     def cells(self) -> Cells:
         """The answers so far."""
-        return Cells(self.root / "cells.json", {"questions": self.questions})
+        return Cells(self.root / "cells.json", {"images": self.images})
 
     def complete(self, asked: Sequence[Asked], cells: Cells) -> None:
         """See :func:`vtprune_train.bench.runs.complete`."""
-        complete(asked, cells, questions=self.questions, batch_size=self.batch_size, jobs=self.jobs)
+        complete(asked, cells, images=self.images, batch_size=self.batch_size, jobs=self.jobs)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`Options`, the tasks, and where results go."""
+    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks to train on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, of dense if time is equal")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of weights and sample order (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each (default: 1)")
+    parser.add_argument("--images", type=int, default=300, help="held-out images whose questions are answered")
+    parser.add_argument("--batch_size", type=int, default=50, help="evaluation batch size")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="folder for runs and answers")
+    parser.add_argument("--out", type=Path, default=Path("docs/methods"), help="output folder for tables and plots")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
 
 
 def compare(
@@ -193,7 +219,7 @@ def compare(
     options.complete(sorted(asked, key=lambda one: options.seeds.index(one.run.seed)), cells)
     results = {}
     for task in tasks:
-        questions = task.questions(options.questions)
+        questions = task.questions(options.images)
         dense = answers(runs[task.name, NONE], None, cells)
         results[task.name] = {
             row.name: summary(row, runs[task.name, row.name], times[task.name][row.name], dense, questions, cells)
@@ -203,7 +229,7 @@ def compare(
         "equal": equal,
         "steps": options.steps,
         "seeds": list(options.seeds),
-        "images": options.questions,
+        "images": options.images,
         "measured_steps": num_steps,
         "tasks": results,
     }

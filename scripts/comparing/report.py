@@ -77,7 +77,8 @@ def recipes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _axes(count: int, height: float) -> Any:
+def axes_of(count: int, height: float) -> Any:
+    """A figure with ``count`` plots side by side, and their axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,7 +96,8 @@ def _axes(count: int, height: float) -> Any:
     return figure, axes[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write the figure and close it."""
     import matplotlib.pyplot as plt
 
     figure.savefig(path, dpi=110)
@@ -125,7 +127,7 @@ def _center(group: Sequence[float]) -> float:
 def recipes_plot(result: dict[str, Any], path: Path) -> None:
     """Exact match as trained against training seconds, with standard errors; names to the right."""
     tasks = result["tasks"]
-    figure, axes = _axes(len(tasks), 0.26 * max(map(len, tasks.values())) + 3.2)
+    figure, axes = axes_of(len(tasks), 0.26 * max(map(len, tasks.values())) + 3.2)
     for axis, (task, rows) in zip(axes, tasks.items(), strict=True):
         rows = {name: row for name, row in rows.items() if row["as_trained"]}
         x = np.array([row["seconds"] for row in rows.values()])
@@ -156,4 +158,4 @@ def recipes_plot(result: dict[str, Any], path: Path) -> None:
         f"{equal}, {len(result['seeds'])} seed(s), standard errors over seeds and images",
         x=0.01, ha="left", color=SOFT, fontsize=10,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)

@@ -175,7 +175,7 @@ class Asked:
     methods: tuple[PruningMethod | None, ...]
 
 
-def complete(asked: Sequence[Asked], cells: Cells, *, questions: int, batch_size: int, jobs: int) -> None:
+def complete(asked: Sequence[Asked], cells: Cells, *, images: int, batch_size: int, jobs: int) -> None:
     """Train all runs that are not finished and fill all missing cells, ``jobs`` runs at a time, one thread each.
 
     Raises:
@@ -195,7 +195,7 @@ def complete(asked: Sequence[Asked], cells: Cells, *, questions: int, batch_size
         task.write()
     began, done = time.perf_counter(), 0
     with single_threaded(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_completed, run, left, questions, batch_size): run for run, left in missing.items()}
+        futures = {pool.submit(_completed, run, left, images, batch_size): run for run, left in missing.items()}
         try:
             for future in as_completed(futures):
                 run, (seconds, answered) = futures[future], future.result()
@@ -233,13 +233,13 @@ def single_threaded() -> Iterator[None]:
 
 
 def _completed(
-    run: Run, methods: Sequence[PruningMethod | None], questions: int, batch_size: int
+    run: Run, methods: Sequence[PruningMethod | None], images: int, batch_size: int
 ) -> tuple[float, dict[str, dict[str, Any]]]:
     """Train a run, then answer with every method; returns the seconds of the training process and the cells."""
     seconds = run.train()
     loaded = load(str(run.folder), None, device="cpu")
     attention = backend_for(loaded.model)
-    asked = run.task.questions(questions)
+    asked = run.task.questions(images)
     prompts = [([open_image(path) for path in question.images], question.turns) for question in asked]
     batches = [batch(loaded, prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     return seconds, {cell_name(method): ask(loaded, method, batches, asked, attention) for method in methods}

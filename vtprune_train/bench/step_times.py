@@ -81,8 +81,11 @@ class _Row:
 
     def _fetch(self, number: int) -> Fetched:
         """The batches of a step."""
-        trainer, steps = self.trainer, {"first_step": number, "end_step": number + 1}
-        loader = StepLoader(trainer.collate, trainer.planner, **steps, rank=0, workers=0, device=trainer.device)
+        trainer = self.trainer
+        loader = StepLoader(
+            trainer.collate, trainer.planner, first_step=number, end_step=number + 1, rank=0, workers=0,
+            device=trainer.device,
+        )  # fmt: skip
         [(plan, batches)] = loader
         return Fetched(plan, batches, 0.0, None)
 
@@ -111,7 +114,7 @@ class _PaddedRow(_Row):
         """(height, width) of the images of a batch."""
         index, numbers = self.trainer.collate.index, [self.numbers[sample] for sample in batch.sample_ids]
         files = [file for number in numbers for file in index.files(number, index.record(number))]
-        return [image_size(file.source) for file in files]
+        return [image_size(file.source) for file in files if not isinstance(file.source, tuple)]  # tuples: videos
 
 
 def padded_batch(batch: PackedBatch, image_sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -55,3 +55,14 @@ TASKS = {
         Task("text", "quickstart_text.yaml", synthetic_text.write_dataset),
     )
 }
+
+
+def tasks_of(names: str) -> list[Task]:
+    """Tasks by their names, separated by commas.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if unknown := [name for name in names.split(",") if name not in TASKS]:
+        raise ValueError(f"--tasks: {unknown[0]!r} is not a task; choose from {', '.join(TASKS)}")
+    return [TASKS[name] for name in names.split(",")]
