@@ -11,6 +11,7 @@ from comparing.report import axes_of, number, percent, save
 from vtprune_train.bench.runs import Asked, Run, as_overrides
 from vtprune_train.bench.tasks import Task
 from vtprune_train.pruning import PruningMethod, method_class
+from vtprune_train.pruning.learned import learns
 from vtprune_train.viz.draw import INK, SOFT
 
 ANY, EACH, DENSE = "any budget", "each budget", "dense"  # what a curve's models are trained for
@@ -41,8 +42,10 @@ def curve(
         options: see :class:`~comparing.recipes.Options`.
 
     Raises:
-        ValueError: the method reaches none of the budgets.
+        ValueError: the method reaches none of the budgets, or has learned parameters, which the dense model lacks.
     """
+    if learns(method_class(method)()):
+        raise ValueError(f"--method {method} has learned parameters, which a model trained dense lacks; choose another")
     asked, plans, left_out = [], {}, {}
     for task in tasks:
         methods: dict[float, PruningMethod | None] = {}
@@ -53,7 +56,7 @@ def curve(
                 left_out[f"{budget:g}"] = str(error)
         if not any(methods.values()):
             raise ValueError(f"--budgets: {method} reaches none of them: {next(iter(left_out.values()), 'all are 1')}")
-        middle = next(one for one in methods.values() if one is not None)
+        middle = next(one for one in methods.values() if one is not None)  # the settings of its other budgets follow
 
         def runs(*overrides: str, task: Task = task) -> list[Run]:
             return [Run(task, (*common, *overrides), options.steps, seed, options.root) for seed in options.seeds]
@@ -76,7 +79,7 @@ def curve(
         for budget, curves in plans[task.name].items():
             for kind, (several, one) in curves.items():
                 right = answers(several, one, cells)
-                assert right is not None, "the method learns no parameters"
+                assert right is not None
                 seconds = [run.cost()["seconds"] for run in several]
                 point = estimate(right, None, images)
                 results[task.name][kind][f"{budget:g}"] = {**point, "seconds": sum(seconds) / len(seconds)}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,7 +195,9 @@ def complete(asked: Sequence[Asked], cells: Cells, *, images: int, batch_size: i
         task.write()
     began, done = time.perf_counter(), 0
     with single_threaded(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_completed, run, left, images, batch_size): run for run, left in missing.items()}
+        futures: dict[Future[Any], Run] = {
+            pool.submit(_completed, run, left, images, batch_size): run for run, left in missing.items()
+        }
         try:
             for future in as_completed(futures):
                 run, (seconds, answered) = futures[future], future.result()

@@ -1,14 +1,15 @@
 """A second data set of the quickstart: images in which words must be read.
 
-Each image shows words on colored signs, on a ground with lines. The words differ in single letters, a sign is as small
-as two patches of the vision tower, and a question is about one of the signs, so most visual tokens do not matter for
-it, and a few matter much.
+Each image has two small signs on a ground with lines: a word on a colored sign, and a number in words on a white one. A
+sign is two patches of the vision tower wide, so most visual tokens do not matter, a few matter much, and which ones
+depends on the question.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,42 +21,48 @@ from vtprune_train.files.disk import replace_synced
 
 PATCH = 14  # side of the vision tower's patches in pixels
 SIGN = (2 * PATCH, PATCH)  # width and height in pixels
-CANVASES = ((112, 56), (56, 112), (112, 112))  # width and height; as in the recipe, so images are not rescaled
-WORDS = ("cat", "dog", "sun", "key", "map", "pie", "fox", "jam")
-NUM_SIGNS = 2
-NUM_TURNS = 3
+CANVASES = ((112, 56), (56, 112))  # width and height; tiles of the recipe, so that images are not rescaled
+WORDS = ("cat", "dog", "sun", "key", "map", "pie")
+NUMBERS = ("one", "two", "six", "ten", "four", "five")
+WHITE = (240, 240, 240)
 FONT_SIZE = 12
-LINES = 1 / 600  # of the ground, per pixel
-QUESTIONS = {"word": "Which word is {}?", "colour": "Which colour is {}?"}
+LINES = 1 / 1200  # on the ground, per pixel
+QUESTIONS = {"word": "What is written in colour?", "colour": "What colour is it?", "number": "Which number is it?"}
+READING = ("word", "number")  # asked in the evaluation; the color, which is learned first, leads to the word
 
 
 @dataclass(frozen=True)
 class Sign:
     """A word on a ground of one color; ``left`` and ``top`` are in pixels."""
 
-    word: str
-    colour: str
+    text: str
+    ground: tuple[int, int, int]
     left: int
     top: int
 
 
 @dataclass(frozen=True)
 class Page:
-    """An image: its size, the brightness of its ground, the lines on it, and the signs.
+    """An image and what there is to read.
 
     Args:
+        width, height: in pixels.
+        grey: brightness of the ground.
         lines: ``(x, y, x, y, brightness, width)`` of each line.
+        signs: the signs.
+        truth: the answer to each of :data:`QUESTIONS`.
     """
 
     width: int
     height: int
     grey: int
-    lines: tuple[tuple[int, int, int, int, int, int], ...]
+    lines: tuple[tuple[int, ...], ...]
     signs: tuple[Sign, ...]
+    truth: dict[str, str]
 
 
 def random_page(rng: random.Random) -> Page:
-    """A page with signs of different colors and words."""
+    """A page with a word on a colored sign and a number on a white one."""
     width, height = rng.choice(CANVASES)
     grey = rng.randint(100, 135)
     lines = []
@@ -63,41 +70,34 @@ def random_page(rng: random.Random) -> Page:
         x, y = rng.randrange(width), rng.randrange(height)
         end = (x + rng.randint(-20, 20), y + rng.randint(-20, 20))
         lines.append((x, y, *end, grey + rng.randint(-45, 45), rng.randint(1, 2)))
-    places = [
-        (left, top)
-        for left in range(0, width - SIGN[0] + 1, SIGN[0])
-        for top in range(0, height - SIGN[1] + 1, SIGN[1])
-    ]
-    signs = zip(
-        rng.sample(WORDS, NUM_SIGNS), rng.sample(list(COLOURS), NUM_SIGNS), rng.sample(places, NUM_SIGNS), strict=True
-    )
-    return Page(width, height, grey, tuple(lines), tuple(Sign(word, colour, *place) for word, colour, place in signs))
+    places = [(left, top) for left in range(0, width, SIGN[0]) for top in range(0, height, SIGN[1])]
+    here, there = rng.sample(places, 2)
+    truth = {"word": rng.choice(WORDS), "colour": rng.choice(list(COLOURS)), "number": rng.choice(NUMBERS)}
+    signs = (Sign(truth["word"], COLOURS[truth["colour"]], *here), Sign(truth["number"], WHITE, *there))
+    return Page(width, height, grey, tuple(lines), signs, truth)
 
 
 def draw_page(page: Page) -> Image.Image:
     """Draw a page with PIL's own font."""
-    image = Image.new("RGB", (page.width, page.height), (page.grey,) * 3)
+    image = Image.new("RGB", (page.width, page.height), (page.grey, page.grey, page.grey))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=FONT_SIZE)
     for *ends, brightness, width in page.lines:
-        draw.line(ends, fill=(brightness,) * 3, width=width)
+        draw.line(ends, fill=(brightness, brightness, brightness), width=width)
     for sign in page.signs:
-        box = (sign.left, sign.top, sign.left + SIGN[0] - 1, sign.top + SIGN[1] - 1)
-        ground = COLOURS[sign.colour]
-        ink = (0, 0, 0) if sum(ground) > 360 else (255, 255, 255)
-        draw.rectangle(box, fill=ground)
-        middle = (sign.left + SIGN[0] / 2, sign.top + SIGN[1] / 2)
-        draw.text(middle, sign.word, font=font, anchor="mm", fill=ink)
+        right, bottom = sign.left + SIGN[0], sign.top + SIGN[1]
+        draw.rectangle((sign.left, sign.top, right - 1, bottom - 1), fill=sign.ground)
+        middle = ((sign.left + right) / 2, (sign.top + bottom) / 2)
+        ink = (0, 0, 0) if sum(sign.ground) > 360 else (255, 255, 255)
+        draw.text(middle, sign.text, font=font, anchor="mm", fill=ink)
     return image
 
 
-def conversation(rng: random.Random, page: Page) -> list[dict[str, str]]:
-    """Questions about the signs in random order, in the LLaVA form."""
-    asked = [(QUESTIONS["word"].format(sign.colour), sign.word) for sign in page.signs]
-    asked += [(QUESTIONS["colour"].format(sign.word), sign.colour) for sign in page.signs]
+def conversation(rng: random.Random, truth: dict[str, str], topics: Sequence[str]) -> list[dict[str, str]]:
+    """Questions about ``topics`` in random order, in the LLaVA form."""
     turns = []
-    for number, (question, answer) in enumerate(rng.sample(asked, NUM_TURNS)):
-        turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
-        turns.append({"from": "gpt", "value": answer})
+    for number, topic in enumerate(rng.sample(topics, len(topics))):
+        turns.append({"from": "human", "value": QUESTIONS[topic] if number else f"<image>\n{QUESTIONS[topic]}"})
+        turns.append({"from": "gpt", "value": truth[topic]})
     return turns
 
 
@@ -109,11 +109,13 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    for split, count in (("train", num_train), ("eval", num_eval)):
+    for split, count, topics in (("train", num_train, list(QUESTIONS)), ("eval", num_eval, READING)):
         records = []
         for number in range(count):
             page, name = random_page(rng), f"{split}-{number:05d}.png"
             draw_page(page).save(folder / "images" / name)
-            records.append({"id": f"{split}-{number}", "image": name, "conversations": conversation(rng, page)})
+            records.append(
+                {"id": f"{split}-{number}", "image": name, "conversations": conversation(rng, page.truth, topics)}
+            )
         (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
     replace_synced(stamp, json.dumps(made).encode())
