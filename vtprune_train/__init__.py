@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
     from vtprune_train.pruning.combined import Combined
     from vtprune_train.pruning.methods.cdpruner import CDPruner
+    from vtprune_train.pruning.methods.dart import DART
     from vtprune_train.pruning.methods.divprune import DivPrune
     from vtprune_train.pruning.methods.dycoke import DyCoke
     from vtprune_train.pruning.methods.evs import EVS
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.feather import Feather
     from vtprune_train.pruning.methods.fopru import FoPru
     from vtprune_train.pruning.methods.hidrop import HiDrop
+    from vtprune_train.pruning.methods.hiprune import HiPrune
+    from vtprune_train.pruning.methods.idpruner import IDPruner
     from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
     from vtprune_train.pruning.methods.plphp import PLPHP
     from vtprune_train.pruning.methods.pool import Pool
@@ -44,12 +47,14 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.methods.prunevid import PruneVid
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
     from vtprune_train.pruning.methods.random_tokens import Random
+    from vtprune_train.pruning.methods.scope import SCOPE
     from vtprune_train.pruning.methods.sparsevlm import SparseVLM
     from vtprune_train.pruning.methods.uniform import Uniform
     from vtprune_train.pruning.methods.victor import Victor
     from vtprune_train.pruning.methods.vidcom2 import VidCom2
     from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
     from vtprune_train.pruning.methods.visionzip import VisionZip
+    from vtprune_train.pruning.methods.vispruner import VisPruner
     from vtprune_train.pruning.methods.voco import VoCo
     from vtprune_train.pruning.methods.vtc_cls import VTCCLS
     from vtprune_train.pruning.methods.zipvl import ZipVL
@@ -60,9 +65,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "DART",
     "EVS",
     "LVLMCSP",
     "PLPHP",
+    "SCOPE",
     "VTCCLS",
     "Boundary",
     "CDPruner",
@@ -76,6 +83,8 @@ __all__ = [
     "Feather",
     "FoPru",
     "HiDrop",
+    "HiPrune",
+    "IDPruner",
     "Needs",
     "Pool",
     "PruMerge",
@@ -91,6 +100,7 @@ __all__ = [
     "Victor",
     "VidCom2",
     "VideoLLMMoD",
+    "VisPruner",
     "VisionZip",
     "VoCo",
     "ZipVL",
@@ -117,6 +127,11 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
         "pruning.candidates": ("Candidates", "EncoderSignals", "Ranking", "Selection"),
         "pruning.combined": ("Combined",),
         "pruning.methods.cdpruner": ("CDPruner",),
+        "pruning.methods.dart": ("DART",),
+        "pruning.methods.hiprune": ("HiPrune",),
+        "pruning.methods.idpruner": ("IDPruner",),
+        "pruning.methods.scope": ("SCOPE",),
+        "pruning.methods.vispruner": ("VisPruner",),
         "pruning.methods.divprune": ("DivPrune",),
         "pruning.methods.dycoke": ("DyCoke",),
         "pruning.methods.evs": ("EVS",),

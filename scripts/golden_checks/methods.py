@@ -26,7 +26,7 @@ from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Selection
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
 
 FORMAT = "vtprune-golden-1"
 FEATURES = 1e-4  # tolerance of the tower's features
@@ -180,7 +180,8 @@ def check_contract(entries: Entries, tensors: Tensors) -> list[Part]:
     signals, hidden = None, tensors["hidden"].float()
     if "tower_attention" in tensors:
         own_tile = torch.zeros(len(hidden), dtype=torch.int64)
-        signals = EncoderSignals(tensors["tower_attention"].float(), tensors["tower_keys"].float(), own_tile)
+        keys = tensors["tower_keys"].float() if "tower_keys" in tensors else hidden[:, :0]
+        signals = EncoderSignals(tensors["tower_attention"].float(), keys, own_tile)
     return _choice(entries, tensors, method_of(entries), signals)
 
 
@@ -189,7 +190,11 @@ def _choice(entries: Entries, tensors: Tensors, method: PruningMethod, signals: 
     ``compare_first`` entries must be equal."""
     hidden = tensors["hidden"].float()
     instruction = tensors["instruction"].float() if "instruction" in tensors else hidden[:0]
-    candidates = Candidates(boundary_of(method, entries), hidden, hidden, instruction, encoder=signals)
+    ranking = None
+    if "keys" in tensors:  # of the decoder, for methods that do not read queries
+        keys = tensors["keys"].float()
+        ranking = Ranking(keys.new_zeros(len(instruction), *keys.shape[1:]), keys, 1.0)
+    candidates = Candidates(boundary_of(method, entries), hidden, hidden, instruction, ranking, signals)
     selection = method.choose(candidates)
     values = hidden[selection.chosen].clone()
     if selection.at is not None and selection.values is not None:
@@ -226,10 +231,15 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
     if missing := [key for key in incompatible.missing_keys if "position_ids" not in key]:
         raise CaseError(f"weights do not fit the tower: {missing=}")
     config = SimpleNamespace(vision_config=vision, vision_feature_layer=-2)
-    reading = Reading(config, method.needs.encoder_layers, method.needs.encoder_rows)
+    needs = method.needs
+    reading = Reading(config, needs.encoder_layers, needs.encoder_rows, needs.encoder_features)
     handles = reading.hook(getattr(tower, "vision_model", tower))
     pixels = tensors["pixel_values"].float()[None]
     features = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    if (
+        needs.encoder_features
+    ):  # the recorded ones: where tokens are divided by order, rounding changes every later step
+        reading.features = tensors["hidden"].float()[None]
     for handle in handles:
         handle.remove()
     signals = reading.signals(torch.arange(entries["layout"]["visual"]))

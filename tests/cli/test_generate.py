@@ -1,5 +1,6 @@
 """``vtprune generate``, and the loading and prompting behind it, against plain ``generate``."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from tests.support.families import family_processor
 from tests.support.helpers import tiny_processor
 from vtprune_train import PyramidDrop, is_pruned, prune
 from vtprune_train.cli import main
+from vtprune_train.cli.options import add_method_options, add_model_option, asked_method
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Template, Turn
 from vtprune_train.evaluation.answering import Loaded, answers, batch, content_of, load, prompt_text
 
@@ -250,6 +252,20 @@ def test_other_families(tmp_path, capsys, pictures):
     assert is_pruned(load(str(tmp_path), HALF).model)
 
 
+def test_a_budget_fits_the_method(folder):
+    def chosen(*options):
+        parser = argparse.ArgumentParser()
+        add_model_option(parser)
+        add_method_options(parser)
+        return asked_method(parser.parse_args(["--model", str(folder), *options]))
+
+    saved = chosen("--keep", "0.5,0.25", "--layers", "2,4")
+    assert chosen("--keep", "0.5,0.25", "--layers", "2,4", "--budget", "0.4") == saved.for_budget(0.4, 6)
+    assert chosen("--budget", "0.4").input_share(6) == pytest.approx(0.4, abs=1e-4), "of the saved method"
+    assert chosen("--method", "divprune", "--budget", "0.3").keep == pytest.approx(0.3, abs=1e-3)
+    assert chosen("--budget", "1") is None, "all tokens"
+
+
 def test_dtype(folder):
     assert load(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
     assert load(str(folder)).model.dtype == torch.float32
@@ -266,6 +282,9 @@ def test_dtype(folder):
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),
         (["--method", "none", "--keep", "0.5"], "--keep has no effect with --method none"),
+        (["--method", "none", "--budget", "0.5"], "--budget=0.5 has no effect without a method that drops tokens"),
+        (["--budget", "0"], "--budget=0 is not in (0, 1]"),
+        (["--budget", "0.01"], "--budget=0.01: budget 0.01 is out of range for pyramiddrop on 6 layers"),
         (["--positions", "first"], "positions='first' is not one of renumber, keep"),
         (["--prompt", "<image><image> ?"], "0 image(s) but 2 <image> in the prompt"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0"),

@@ -27,9 +27,9 @@ from vtprune_train.pruning.contract import check_method
 pytestmark = pytest.mark.slow
 
 NAMES = [
-    "pyramiddrop", "sparsevlm", "plphp", "fastv", "feather", "prumerge", "fopru", "vtc_cls", "visionzip", "divprune",
-    "cdpruner", "evs", "vidcom2", "dycoke", "prunevid", "videollm_mod", "victor", "voco", "hidrop", "lvlm_csp", "zipvl",
-    "random", "uniform", "pool", "none",
+    "pyramiddrop", "sparsevlm", "plphp", "fastv", "dart", "feather", "prumerge", "fopru", "vtc_cls", "visionzip",
+    "divprune", "cdpruner", "scope", "hiprune", "vispruner", "idpruner", "evs", "vidcom2", "dycoke", "prunevid",
+    "videollm_mod", "victor", "voco", "hidrop", "lvlm_csp", "zipvl", "random", "uniform", "pool", "none",
 ]  # fmt: skip
 PAGE = (ROOT / "docs" / "methods" / "own.md").read_text()
 

@@ -83,7 +83,7 @@ def share_of(setting, name):
 
 ONE_SHARE = [
     "fastv", "feather", "prumerge", "fopru", "vtc_cls", "visionzip", "divprune", "cdpruner", "videollm_mod", "hidrop",
-    "lvlm_csp", "sparsevlm", "random", "uniform", "pool",
+    "lvlm_csp", "sparsevlm", "dart", "scope", "hiprune", "vispruner", "idpruner", "random", "uniform", "pool",
 ]  # fmt: skip
 
 

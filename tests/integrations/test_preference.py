@@ -171,7 +171,22 @@ def test_a_policy_ranked_by_its_reference_learns_and_keeps_the_references_tokens
         assert policy == kept_by(made.model if lora else made.ref_model, range(8))
 
 
-@pytest.mark.parametrize("method", ["uniform", "random", "divprune", "prumerge", "visionzip", "vtc_cls", "fopru"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "uniform",
+        "random",
+        "divprune",
+        "prumerge",
+        "visionzip",
+        "vtc_cls",
+        "fopru",
+        "scope",
+        "hiprune",
+        "vispruner",
+        "idpruner",
+    ],
+)
 def test_methods_that_keep_the_references_tokens_while_only_the_decoder_is_trained(tmp_path, method):
     made = trainer("DPO", tmp_path, method, max_steps=4)
     for name, parameter in made.model.named_parameters():

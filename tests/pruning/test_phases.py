@@ -1,6 +1,7 @@
 """What each step drops: warm-up, full-token steps, and the model's own pruned output as a teacher."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,10 @@ from vtprune_train.data.index import Lengths
 from vtprune_train.data.plan.planner import StepCosts
 from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.recompute import checkpoint_activations
-from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
+from vtprune_train.pruning import method_from_settings
+from vtprune_train.pruning.methods.fastv import FastV
+from vtprune_train.pruning.methods.random_tokens import Random
+from vtprune_train.pruning.phases import Budgets, Curriculum, FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.loop.settings import merge_pruning
 
@@ -69,6 +73,102 @@ def test_state_tells_where_the_schedule_stands():
     assert Phases(METHOD).state(2, LAYERS) == {} == Phases(None, warmup=Warmup(4)).state(2, LAYERS)
 
 
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def test_each_step_draws_its_budget_and_a_larger_one_teaches_it():
+    phases = Phases(METHOD, 7, varied=Budgets(0.2, 1.0, 32, weight=0.5, temperature=2.0))
+    drawn = []
+    for step in range(400):
+        phase = phases.of(step)
+        share, more = phase.method.input_share(32), phase.teacher.method
+        assert share == pytest.approx(phases.varied.drawn(7, step), abs=1e-4)
+        assert more is None or more.input_share(32) >= share - 1e-9
+        assert (phase.teacher.weight, phase.teacher.temperature, phase.full_tokens) == (0.5, 2.0, False)
+        drawn.append(share)
+    assert 0.2 <= min(drawn) < 0.22 and 0.95 < max(drawn) <= 1.0
+    below = np.mean([share < np.sqrt(0.2) for share in drawn])
+    assert 0.42 < below < 0.58, "log-uniform: half of the draws are below the geometric mean"
+    again, other = Phases(METHOD, 7, varied=phases.varied), Phases(METHOD, 8, varied=phases.varied)
+    assert [again.of(step) for step in (5, 399, 0)] == [phases.of(step) for step in (5, 399, 0)] != other.of(5)
+    assert phases.densest(0, 400) == int(np.argmax(drawn))
+
+
+def test_budgets_go_with_steps_on_all_tokens():
+    phases = Phases(METHOD, 7, full=FullTokens(0.2, 0.5), varied=Budgets(0.2, 0.9, 32, weight=0.5))
+    full = [step for step in range(300) if phases.of(step).full_tokens]
+    assert 30 < len(full) < 90 and phases.densest(0, 300) == full[0]
+    assert all(phases.of(step) == Phase(None, None, True) for step in full), "nothing keeps more than all tokens"
+
+
+def test_budgets_without_a_teacher_and_combinations():
+    method = method_from_settings({"method": [{"method": "divprune", "keep": 0.6}, "pyramiddrop"]})
+    phases = Phases(method, 7, varied=Budgets(0.1, 0.5, 32))
+    for step in range(20):
+        assert phases.of(step).teacher is None
+        assert phases.of(step).method.input_share(32) == pytest.approx(phases.varied.drawn(7, step), abs=1e-3)
+
+
+def test_the_range_of_budgets_is_what_the_method_reaches():
+    assert Phases(METHOD, varied=Budgets(0.1, 1.0, 32)).varied.low == 0.1
+    narrowed = Phases(METHOD, varied=Budgets(0.1, 1.0, LAYERS)).varied
+    assert 1 / LAYERS <= narrowed.low < 1 / LAYERS + 0.002 and narrowed.high == 1.0
+    METHOD.for_budget(narrowed.low, LAYERS)
+    with pytest.raises(ValueError, match=r"budget 0\.15 is out of range for pyramiddrop on 6 layers"):
+        Phases(METHOD, varied=Budgets(0.1, 0.15, LAYERS))
+
+
+# ------------------------------------------------------------------------------------------------ curricula
+
+
+def epic_by_its_code(progress, draw):
+    """Shares of tokens that EPIC's code removes (ZichenWen1/EPIC @ b2ed9cd): the model's and its teacher's."""
+    low, high = 0.1 + 0.8 * progress * 0.2, min(0.1 + 0.8 * progress * 0.8, 1.0)
+    removed = low + (high - low) * draw
+    return removed, max(removed - min(0.1 + 0.5 * progress, 0.3), 0.0)
+
+
+@pytest.mark.parametrize("total", [10, 5198])
+def test_the_curriculum_is_epics(total):
+    """The draw is uniform in the published range, and the teacher keeps as much more as published."""
+    curriculum = PruningConfig(method="random", curriculum={}).phases(total, 0, 32).varied
+    for step in range(0, total, max(1, total // 50)):
+        progress = step / total
+        low, high = curriculum.keep_range(progress)
+        assert low == pytest.approx(1 - epic_by_its_code(progress, 1)[0])
+        assert high == pytest.approx(1 - epic_by_its_code(progress, 0)[0])
+        phase = Phases(Random(), 3, varied=replace(curriculum, weight=1.0)).of(step)
+        keep = phase.method.keep
+        assert low - 1e-9 <= keep <= high + 1e-9
+        _, taught = epic_by_its_code(progress, (high - keep) / (high - low) if high > low else 0.0)
+        more = 1.0 if phase.teacher.method is None else phase.teacher.method.keep
+        assert more == pytest.approx(1 - taught)
+
+
+def test_the_drop_point_moves_to_the_methods_own():
+    phases = Phases(FastV(layer=2), varied=Curriculum((0.9, 0.9), (0.3, 0.7), 100, 32, layer=20, weight=1.0))
+    layers = [phases.of(step).method.layer for step in range(100)]
+    assert layers[0] == 20 and layers[50] == 11 and layers[99] == 2 and layers == sorted(layers, reverse=True)
+    for step in (0, 30, 60):
+        teacher = phases.of(step).teacher.method
+        assert teacher is None or teacher.layer == phases.of(step).method.layer
+    default = Phases(FastV(), varied=Curriculum((0.9, 0.9), (0.3, 0.7), 100, 32, layer=20))
+    assert default.of(100).method.drops(32) == FastV(keep=default.of(100).method.keep).drops(32)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "words"),
+    [
+        (METHOD, None, "moves the setting keep, one number, which pyramiddrop does not have"),
+        (method_from_settings({"method": "divprune"}), 4, "divprune has no setting layer to move"),
+        (FastV(), 40, "pruning.curriculum.layer=40 does not fit"),
+    ],
+)
+def test_methods_without_what_a_curriculum_moves(method, layer, words):
+    with pytest.raises(ValueError, match=words):
+        Phases(method, varied=Curriculum((0.9, 0.9), (0.3, 0.7), 100, 32, layer=layer))
+
+
 # ------------------------------------------------------------------------------------------------ batches and costs
 
 
@@ -109,6 +209,8 @@ def test_a_step_of_the_warm_up_is_that_of_its_own_schedule(parts):
         Phases(METHOD, warmup=Warmup(6)),
         Phases(METHOD, warmup=Warmup(6, "dense")),
         Phases(METHOD, full=FullTokens(1.0, 0.5)),
+        Phases(METHOD, varied=Budgets(0.3, 0.9, LAYERS, weight=1.0)),
+        Phases(METHOD, 2, varied=Budgets(0.3, 1.0, LAYERS)),
     ],
 )
 def test_the_planner_counts_what_the_batches_do(parts, phases):
@@ -223,7 +325,7 @@ def test_without_images_full_and_pruned_agree(parts):
     [
         ("pruning.full_token_share=1.5", ["pruning.full_token_share", "less than or equal to 1", "1.5"]),
         ("pruning.full_token_share=-0.1", ["pruning.full_token_share", "greater than or equal to 0"]),
-        ("pruning.consistency_weight=0.5", ["pruning.consistency_weight=0.5", "set full_token_share"]),
+        ("pruning.consistency_weight=0.5", ["pruning.consistency_weight=0.5", "set full_token_share", "budgets"]),
         ("pruning.consistency_temperature=0", ["pruning.consistency_temperature", "greater than 0"]),
         ("pruning.warmup={kind: linear}", ["pruning.warmup", "steps=N and ratio=R", "neither is set"]),
         ("pruning.warmup={steps: 5, ratio: 0.1}", ["pruning.warmup", "both is set"]),
@@ -233,6 +335,13 @@ def test_without_images_full_and_pruned_agree(parts):
         ("pruning.warmup={steps: 5, start: 0.2}", ["pruning", "warmup.start=0.2 is below keep"]),
         ("pruning={method: none, full_token_share: 0.1}", ["full_token_share is set", "method is none"]),
         ("pruning={method: none, warmup: {steps: 3}}", ["warmup is set", "method is none"]),
+        ("pruning={method: none, budgets: [0.1, 1.0]}", ["budgets is set", "method is none"]),
+        ("pruning.budgets=[0.5, 0.1]", ["budgets=[0.5, 0.1]", "ascending order"]),
+        ("pruning.budgets=[0.5, 1.5]", ["pruning.budgets", "less than or equal to 1"]),
+        ("pruning.budgets=[0.05, 0.1]", ["budget 0.1 is out of range for pyramiddrop on 8 layers"]),
+        ("pruning={budgets: [0.2, 1.0], warmup: {steps: 3}}", ["warmup and budgets each set the keep ratios"]),
+        ("pruning={method: fastv, curriculum: {end: [0.7, 0.2]}}", ["end=[0.7, 0.2]", "ascending order"]),
+        ("pruning.curriculum={}", ["one number, which pyramiddrop does not have"]),
     ],
 )
 def test_wrong_settings_are_named(override, words):
@@ -279,6 +388,22 @@ def test_every_step_of_projector_alignment_drops(trained, share):
     said = [line for line in without_effect(config) if line.startswith("pruning.full_token_share has no effect")]
     assert len(said) == (share == 0)
     assert ("0.25 of the steps on full tokens" in describe(config)) == bool(share)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pruning.budgets=[0.1, 1.0]"], "0.1 to 1 at each step (no teacher)"),
+        (["pruning.budgets=[0.1, 1.0]", "pruning.consistency_weight=1"], "0.1 to 1 at each step (KL weight 1"),
+        (["pruning={method: fastv, curriculum: {layer: 16}}"], "to 0.26 to 0.74, and the drop point from layer 16"),
+    ],
+)
+def test_the_dry_run_counts_drawn_budgets(overrides, words):
+    report = describe(load_config("llava_next_pdrop.yaml", [*overrides, "model.projector=null"]))
+    line = next(line for line in report.splitlines() if line.startswith("mean step at"))
+    assert words in line
+    ratio = float(line.split()[6])
+    assert {0: 0.3, 1: 0.5, 2: 0.5}[0 if "no teacher" in words and "budget" in line else 1] < ratio < 0.9
 
 
 def test_the_dry_run_counts_all_phases():
@@ -359,6 +484,49 @@ def test_metrics_follow_the_phase_of_the_step(runs):
             assert m["consistency_loss"] > 0
         else:
             assert m["tokens_stage_3"] < m["tokens_stage_0"] and m["flops"] < m["flops_dense"]
+
+
+BUDGETS = ("pruning.budgets=[0.3, 1.0]", "pruning.consistency_weight=0.5", "train.save_every=1000", "data.eval=[]")
+
+
+@pytest.mark.slow
+def test_a_run_of_all_budgets_resumes_exactly_and_two_ranks_draw_the_same(tmp_path):
+    runs = Runs(tmp_path)
+    zero0 = "deepspeed=configs/deepspeed/zero0.json"
+    runs.run("whole", *BUDGETS, zero0)
+    runs.run("stopped", *BUDGETS, "run.stop_after=3", zero0)
+    done = runs.run("stopped", *BUDGETS, zero0)
+    assert "a budget of 0.3 to 1 at each step (KL weight 0.5 to a pass that keeps more)" in done.stdout + done.stderr
+    whole = runs.metrics("whole")
+    assert_same_metrics(runs.metrics("stopped"), whole)
+    assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("whole"))
+    assert len({tuple(m["keep"]) for m in whole}) == len(whole) and all(m["consistency_loss"] > 0 for m in whole)
+    saved = json.loads((runs.checkpoint("whole") / "hf" / "config.json").read_text())["pruning_training"]["varied"]
+    assert (saved["low"], saved["high"], saved["weight"]) == (0.3, 1.0, 0.5)
+    refused = runs.run("stopped", *BUDGETS, "pruning.budgets=[0.4, 1.0]", zero0, expect=2)
+    assert "pruning.budgets" in refused.stderr and "train.init_from" in refused.stderr
+
+    runs.run("two", *BUDGETS, "deepspeed=configs/deepspeed/zero3.json", ranks=2)
+    for a, b in zip(whole, runs.metrics("two"), strict=True):
+        assert (a["keep"], a["data_digest"], a["visual_tokens"]) == (b["keep"], b["data_digest"], b["visual_tokens"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+        assert a["consistency_loss"] == pytest.approx(b["consistency_loss"], rel=2e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_dualspeed_and_epic_run(tmp_path):
+    """DualSpeed's learned prefix gets no gradient in steps on all tokens, but exists in every one."""
+    runs = Runs(tmp_path)
+    common = ["train.save_every=1000", "data.eval=[]"]
+    dual = "{method: [{method: divprune, keep: 0.3}, {method: prefix, tokens: 2}], full_token_share: 0.4, "
+    for stage in (0, 3):
+        runs.run(f"dual{stage}", f"pruning={dual}consistency_weight: 1}}", *common,
+                 f"deepspeed=configs/deepspeed/zero{stage}.json")  # fmt: skip
+    for a, b in zip(runs.metrics("dual0"), runs.metrics("dual3"), strict=True):
+        assert a["full_tokens"] == b["full_tokens"] and a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+    runs.run("epic", "pruning={method: fastv, curriculum: {layer: 3}, consistency_weight: 1}", *common)
+    kept = [m["keep"][0] for m in runs.metrics("epic")]
+    assert kept[0] == 0.9 and min(kept) >= 0.26 and len(set(kept)) == len(kept)
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def _random(model: LlamaModel, rows: int) -> Tensor:
 def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: torch.device) -> EncoderSignals | None:
     """Random signals of a vision tower if ``method`` needs them; an image's tokens are divided evenly among its
     tiles."""
-    if method is None or not method.needs.encoder_layers:
+    if method is None or not method.needs.from_tower:
         return None
     tiles: list[Tensor] = []
     base = 0
@@ -221,7 +221,8 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
     attention = torch.rand(len(method.needs.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
-    return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
+    features = torch.randn(len(tile), TOWER_HIDDEN, generator=generator) if method.needs.encoder_features else None
+    return to_device(EncoderSignals(attention, keys, tile, features), device)  # type: ignore[no-any-return]
 
 
 def _visual_tokens(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:

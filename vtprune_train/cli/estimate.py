@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,8 @@ from vtprune_train.bench.costs import (
 )
 from vtprune_train.bench.decoder_time import Clock, clock
 from vtprune_train.bench.decoder_time import render as render_clock
+from vtprune_train.bench.run_cost import render as render_run
+from vtprune_train.bench.run_cost import run_cost
 from vtprune_train.bench.videos import VideoSize, clip_of, with_videos
 from vtprune_train.cli.options import METHOD_HELP, add_set_option, add_trust_option, changed, named_method, set_values
 from vtprune_train.config.load import load_config
@@ -43,6 +45,7 @@ from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_setting
 from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words
+from vtprune_train.pruning.phases import Phases
 
 LARGEST = 10**6  # tokens of a sample; planning takes memory for each
 MOST_SAMPLES = 10**9
@@ -213,6 +216,8 @@ class Request(BaseModel):
     set: list[str] = []
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     published: bool = False
+    samples: Samples | None = None
+    tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     clock: Annotated[list[Clockable], BeforeValidator(_split)] = []
     repeats: Clockable = 3
     device: str = "auto"
@@ -232,6 +237,9 @@ class Request(BaseModel):
         for option in ("resolution", "video"):
             if getattr(self, option) and self.visual_tokens:
                 raise ValueError(f"pass either --{option} or --visual_tokens, not both")
+        if (self.samples is None) != (self.tflops is None):
+            has, lacks = ("samples", "tflops") if self.tflops is None else ("tflops", "samples")
+            raise ValueError(f"--{has} has no effect without --{lacks}; GPU hours need both")
         if not self.clock and (idle := sorted({"repeats", "device"} & self.model_fields_set)):
             raise ValueError(f"--{idle[0]} has no effect without --clock; add batch sizes, for example --clock 1,8")
         return self
@@ -260,13 +268,13 @@ def _explain(item: Any) -> str:
     return f"--{item['loc'][0]}: {message}{value}"
 
 
-def _from_config(request: Request) -> Subject:
+def _from_config(request: Request) -> tuple[Subject, Phases]:
     from vtprune_train.training.loop.settings import with_saved_settings  # slow import, only needed here
 
     assert request.config is not None
     config = with_saved_settings(load_config(request.config, request.overrides))
     model_config = load_model_config(config.model, offline=True)
-    return Subject(
+    subject = Subject(
         name=request.config,
         config=model_config,
         method=_method(config.pruning.settings, model_config, "pruning."),
@@ -278,6 +286,8 @@ def _from_config(request: Request) -> Subject:
         max_pixels=config.model.max_pixels,
         video=config.data.video.model_dump(),
     )
+    phases = config.phases(1, DecoderGeometry.of(model_config.get_text_config()).num_layers)
+    return subject, replace(phases, method=subject.method)
 
 
 def _from_checkpoint(request: Request) -> Subject:
@@ -356,6 +366,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="X,X", help="keep ratios after each drop, relative to the original tokens")
     add_set_option(parser)
     parser.add_argument("--dtype", help="cache dtype: float32, bfloat16, float16 (default: the config's, or bfloat16)")
+    parser.add_argument(
+        "--samples", metavar="N", help="samples of a training run, to estimate GPU hours; with --tflops"
+    )
+    parser.add_argument("--tflops", metavar="X", help="TFLOP/s that a GPU achieves in training, for GPU hours")
     parser.add_argument("--published", action="store_true", help="also print FLOPs in the paper's convention")
     parser.add_argument(
         "--clock",
@@ -370,7 +384,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the estimate, and with ``--clock`` the measured time."""
     request = Request.of(arguments)
-    subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
+    if request.config is not None:
+        subject, phases = _from_config(request)
+    else:
+        subject = _from_checkpoint(request)
+        phases = Phases(subject.method)
     images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
     clips: list[Clip] = []
     if request.video:
@@ -380,13 +398,18 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = images_of_sample(subject.config, request.resolution, request.visual_tokens, images, clips)
     sample = Sample(pictures, request.text + sum(image.text for image in pictures), request.answer, request.batch)
     result = estimate(subject, sample)
+    run = None
+    if phases.vary or request.samples is not None:
+        run = run_cost(subject, sample, phases, request.samples, request.tflops)
     measured = _measured(request, subject, sample) if request.clock else None
     if request.report is not None:
-        report = {**asdict(result), "clock": measured and asdict(measured)}
+        report = {**asdict(result), "clock": measured and asdict(measured), "run": run and asdict(run)}
         report["sample"]["pictures"] = [_picture(image) for image in sample.images]  # the key of the first release
         del report["sample"]["images"]
         _write(Path(request.report), report)
     print(render(result, published=request.published))
+    if run is not None:
+        print("\n".join(render_run(run)))
     if measured is not None:
         print("\n".join(["", *render_clock(measured)]))
     return 0

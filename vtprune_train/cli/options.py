@@ -113,6 +113,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank_with", help="next_layer or this_layer")
     group.add_argument("--positions", help="renumber or keep")
     group.add_argument("--without_instruction", help="last_visual or uniform")
+    budget = "fit the method to this mean share of visual tokens that enter a layer, in (0, 1]; 1: all tokens"
+    group.add_argument("--budget", type=float, metavar="X", help=budget)
     add_place_options(parser)
 
 
@@ -154,7 +156,32 @@ def load_model(arguments: argparse.Namespace) -> Loaded:
 
 
 def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:
-    """The method that the options choose; settings without ``--method`` change the saved settings of the model."""
+    """The method that the options choose, fitted to ``--budget``; settings without ``--method`` change the saved
+    settings of the model.
+
+    Raises:
+        ValueError: an option is invalid or has no effect; the message names it.
+    """
+    budget = getattr(arguments, "budget", None)
+    if budget is None:
+        return _asked_method(arguments)
+    if not 0 < budget <= 1:
+        raise ValueError(f"--budget={budget:g} is not in (0, 1] (a share of the visual tokens)")
+    method, config = _asked_method(arguments), model_config(resolve_checkpoint(arguments.model))
+    if method == SAVED:
+        saved = saved_settings(config)
+        method = None if saved is None else method_from_settings(saved)
+    if not isinstance(method, PruningMethod):
+        raise ValueError(f"--budget={budget:g} has no effect without a method that drops tokens; set --method")
+    if budget == 1:
+        return None
+    try:
+        return method.for_budget(budget, config.get_text_config().num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"--budget={budget:g}: {error}") from error
+
+
+def _asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:
     options = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
     written = [f"--{key}" for key in options] + [f"--set {pair}" for pair in arguments.set]
     options.update(set_values(arguments.set))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from vtprune_train.config.section import Section
 from vtprune_train.core.rounding import ceil_of
+
+ShareOrAll = Annotated[float, Field(gt=0, le=1)]
 
 
 class WarmupConfig(Section):
@@ -32,9 +34,43 @@ class WarmupConfig(Section):
         return self
 
 
+class CurriculumConfig(Section):
+    """Keep ratios that decrease over the whole run, as in EPIC: each step draws one from a range that moves from
+    `start` to `end`. For methods with one setting `keep`. The method's own `keep` is used after training."""
+
+    start: tuple[ShareOrAll, ShareOrAll] = Field(
+        (0.9, 0.9), description="Lowest and highest keep ratio at the first step."
+    )
+    end: tuple[ShareOrAll, ShareOrAll] = Field(
+        (0.26, 0.74), description="Lowest and highest keep ratio after the last step."
+    )
+    teacher: tuple[float, float] = Field(
+        (0.1, 0.3),
+        description="How much more than the model its teacher keeps, at the first step and at most. Needs "
+        "`consistency_weight`.",
+    )
+    teacher_growth: float = Field(0.5, ge=0, description="By how much that difference grows over the whole run.")
+    layer: int | None = Field(
+        None,
+        ge=0,
+        description="Setting `layer` of the method at the first step; it moves to its configured value. null: it does "
+        "not move.",
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> CurriculumConfig:
+        for name in ("start", "end", "teacher"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name}={[low, high]} must be two numbers in ascending order, from 0 to 1")
+        return self
+
+
 DEFAULT_METHOD = "pyramiddrop"
 # Keys that concern training alone and are not settings of the method.
-TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
+TRAINING_ONLY = (
+    "warmup", "full_token_share", "budgets", "curriculum", "consistency_weight", "consistency_temperature"
+)  # fmt: skip
 
 
 class PruningConfig(Section):
@@ -58,11 +94,21 @@ class PruningConfig(Section):
         description="Share of the steps that run on all tokens, so that the model stays accurate without dropping. No "
         "effect while the decoder is frozen.",
     )
+    budgets: tuple[ShareOrAll, ShareOrAll] | None = Field(
+        None,
+        description="Train one model for all budgets in this range, for example [0.1, 1.0]: each step draws its own, "
+        "log-uniformly. A budget is the mean share of visual tokens that enter a layer. null: the method as it is.",
+    )
+    curriculum: CurriculumConfig | None = Field(
+        None, description="Keep fewer tokens as training advances, for example {}, which has EPIC's values; null: off."
+    )
     consistency_weight: float = Field(
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Weight of KL(pruned output || full output) in the loss of the steps on all tokens.",
+        description="Weight of KL(teacher output || model output) in the loss. The teacher is the model itself: with "
+        "all tokens dropped as configured, in the steps on all tokens; with more tokens, if `budgets` or `curriculum` "
+        "is set.",
     )
     consistency_temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="Softmax temperature of both outputs in that KL divergence."
@@ -86,14 +132,19 @@ class PruningConfig(Section):
             method = self.build()
         except UnknownSettingError as error:
             raise UnknownSettingError(error.key, error.method, error.known, ("method", *TRAINING_ONLY)) from None
-        if method is None and (training := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
+        if method is None and (training := [key for key in TRAINING_ONLY[:5] if getattr(self, key)]):
             raise ValueError(
                 f"{training[0]} is set, but method is none, so no step drops tokens; set it to null or choose a method"
             )
-        if self.consistency_weight and not self.full_token_share:
+        varied = [key for key in ("warmup", "budgets", "curriculum") if getattr(self, key) is not None]
+        if len(varied) > 1:
+            raise ValueError(f"{' and '.join(varied)} each set the keep ratios of a step; choose one of them")
+        if self.budgets is not None and not 0 < self.budgets[0] < self.budgets[1]:
+            raise ValueError(f"budgets={list(self.budgets)} must be two different shares in ascending order")
+        if self.consistency_weight and not (self.full_token_share or self.budgets or self.curriculum):
             raise ValueError(
-                f"consistency_weight={self.consistency_weight:g} has no effect: no step runs on all tokens; set "
-                "full_token_share too (for example 0.1)"
+                f"consistency_weight={self.consistency_weight:g} has no effect: no step has a teacher; set "
+                "full_token_share too (for example 0.1), or budgets or curriculum"
             )
         if method is not None:
             self._check_warmup(method)
@@ -135,17 +186,27 @@ class PruningConfig(Section):
             assert self.__pydantic_extra__ is not None
             self.__pydantic_extra__.update(settings)
 
-    def phases(self, total_steps: int, seed: int) -> Any:
+    def phases(self, total_steps: int, seed: int, num_layers: int | None = None) -> Any:
         """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps that trains the decoder;
         :meth:`Config.phases` is for any run."""
-        from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
+        from vtprune_train.pruning.phases import Budgets, Curriculum, FullTokens, Phases, Warmup
 
         warmup = None
         if self.warmup is not None:
             steps = self.warmup.steps or ceil_of(self.warmup.ratio or 0.0, total_steps)
             warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
-        full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
-        return Phases(self.build(), seed, warmup, full)
+        loss = self.consistency_weight, self.consistency_temperature
+        varied: Budgets | Curriculum | None = None
+        if self.budgets is not None:
+            assert num_layers is not None, "budgets refer to the layers of a decoder"
+            varied = Budgets(*self.budgets, num_layers, *loss)
+        elif (course := self.curriculum) is not None:
+            assert num_layers is not None, "drop points are layers of a decoder"
+            varied = Curriculum(
+                course.start, course.end, total_steps, num_layers, course.teacher, course.teacher_growth, course.layer,
+                *loss,
+            )  # fmt: skip
+        return Phases(self.build(), seed, warmup, FullTokens(self.full_token_share, *loss), varied)
 
     def identity(self) -> dict[str, Any]:
         """The settings that must not change on resume. Keys that concern training alone are included only if they are

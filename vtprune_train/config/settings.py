@@ -52,6 +52,7 @@ class Config(Section):
 
             try:
                 check_method(method, depth)
+                self.phases(1, depth)
             except ValueError as error:
                 raise ValueError(pruning_refusal(error)) from error
         return self
@@ -67,11 +68,16 @@ class Config(Section):
         tokens as in DualSpeed's code (``is_pretraining_stage``)."""
         return self.pruning.full_token_share if {"language_model", "lora"} & set(self.model.train) else 0.0
 
-    def phases(self, total_steps: int) -> Any:
-        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, for ``total_steps`` steps."""
+    def phases(self, total_steps: int, num_layers: int | None = None) -> Any:
+        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, for ``total_steps`` steps and a decoder with
+        ``num_layers`` layers (needed for budgets and curricula).
+
+        Raises:
+            ValueError: the method does not reach ``pruning.budgets``, or lacks what ``pruning.curriculum`` changes.
+        """
         from vtprune_train.pruning.phases import FullTokens
 
-        phases = self.pruning.phases(total_steps, self.run.seed)
+        phases = self.pruning.phases(total_steps, self.run.seed, num_layers)
         return phases if self.full_token_share else replace(phases, full=FullTokens())
 
     def sources(self, which: Literal["train", "eval"]) -> list[SourceConfig]:

@@ -31,22 +31,25 @@ class Ranking:
 
 @dataclass(frozen=True)
 class EncoderSignals:
-    """Vision-tower attention and keys for the candidates, captured during the tower's forward pass (no second pass, no
-    gradients).
+    """Vision-tower attention, keys and features for the candidates, captured during the tower's forward pass (no second
+    pass, no gradients).
 
-    Tokens that are not patches (newline or learned tokens) have NaN attention and zero keys.
+    Tokens that are not patches (newline or learned tokens) have NaN attention, and zero keys and features.
 
     Args:
         attention: [layers, V] float32, for each layer of :attr:`Needs.encoder_layers` the attention that each patch
             receives, averaged over heads: from the class token, or, if the tower has none or :attr:`Needs.encoder_rows`
             is ``all``, the mean over all tokens of its tile.
-        keys: [V, tower hidden], keys of the last of those layers, heads concatenated.
+        keys: [V, tower hidden], keys of the last of those layers, heads concatenated; [V, 0] without such layers.
         tile: [V] int64, batch-wide index of each token's tile; -1 for tokens that are not patches.
+        features: [V, projector input], the tower's features that the projector reads (class token excluded); ``None``
+            unless the method sets :attr:`Needs.encoder_features`.
     """
 
     attention: Tensor
     keys: Tensor
     tile: Tensor
+    features: Tensor | None = None
 
 
 @dataclass
@@ -62,7 +65,8 @@ class Candidates:
             the same as ``hidden``.
         instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
         ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
-        encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers`.
+        encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers` or
+            :attr:`Needs.encoder_features`.
         memory: scratch space for this method during one forward pass; empty at its first drop point.
         module: the module returned by :meth:`PruningMethod.module`.
         training: whether gradients are needed.

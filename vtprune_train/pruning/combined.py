@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
+from typing import Any, Self
 
 from pydantic import InstanceOf
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.needs import Needs
+from vtprune_train.pruning.schedules.budget import scaled_to_budget
 
 
 class Combined(PruningMethod):
@@ -58,6 +59,7 @@ class Combined(PruningMethod):
             multi_turn="keep_dense" if any(need.multi_turn == "keep_dense" for need in needs) else "drop",
             encoder_layers=tower.encoder_layers,
             encoder_rows=tower.encoder_rows,
+            encoder_features=any(need.encoder_features for need in needs),
             hidden_after=keys.hidden_after,
             hides_front=any(need.hides_front for need in needs),
         )
@@ -94,11 +96,19 @@ class Combined(PruningMethod):
         return share
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        raise ValueError("a combination cannot be fitted to one budget; set the budget of each of its methods")
+        """Scales the keep ratios of all methods by one factor, so their proportions stay the same while none is 1."""
+        if not self.ratios:
+            raise ValueError("no method of this combination has keep ratios to scale; set the budget of each method")
+        return scaled_to_budget(self, share, num_layers)
 
     @property
     def ratios(self) -> tuple[float, ...]:
         return tuple(ratio for method in self.methods for ratio in method.ratios)
+
+    def with_ratios(self, ratios: Sequence[float]) -> Self:
+        rest = iter(ratios)
+        methods = [(method, list(islice(rest, len(method.ratios)))) for method in self.methods]
+        return dataclasses.replace(self, methods=tuple(m.with_ratios(own) if own else m for m, own in methods))
 
     def eased(self, start: float, progress: float) -> PruningMethod:
         return self._each(lambda method: method.eased(start, progress))

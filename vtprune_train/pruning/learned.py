@@ -76,36 +76,41 @@ class Staying(Drop):
         return min(self.number, before)
 
 
-def join_registers(candidates: Candidates, number: int) -> Selection:
-    """Select all candidates and append the registers of ``candidates.module`` to each span.
+def join_registers(candidates: Candidates, number: int, before: bool = False) -> Selection:
+    """Select all candidates and append the registers of ``candidates.module`` to each span, or insert them ``before``
+    its first token.
 
-    Registers get the position id of the span's last token, so their spatial and temporal coordinates match it.
+    Registers get the position id of the token they stand next to, so their spatial and temporal coordinates match it.
     """
     hidden, spans = candidates.hidden, [span for span in candidates.boundary.spans if span.before]
-    chosen, at = joined(spans, number, len(hidden), hidden.device)
+    chosen, at = joined(spans, number, len(hidden), hidden.device, before)
     assert candidates.module is not None, "the method's module is missing"
-    return Selection(chosen, at, candidates.module(hidden.index_select(0, _last(spans, hidden.device))))
+    beside = _first(spans, hidden.device) if before else _last(spans, hidden.device)
+    return Selection(chosen, at, candidates.module(hidden.index_select(0, beside)))
 
 
-def joined(spans: Sequence[SpanLayout], number: int, num_visual: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices after inserting ``number`` tokens at the end of each span.
+def joined(
+    spans: Sequence[SpanLayout], number: int, num_visual: int, device: torch.device, before: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Indices after inserting ``number`` tokens at the end of each span, or ``before`` it.
 
     Args:
         spans: the non-empty spans.
         number: tokens added per span.
         num_visual: V.
         device: device of the returned tensors.
+        before: insert them before the span.
 
     Returns:
-        [K] int64, all V candidate indices in order, with each span's last index repeated ``number`` more times; and
-        [spans * number] int64, indices into K of the added tokens.
+        [K] int64, all V candidate indices in order, with each span's last (or first) index repeated ``number`` more
+        times; and [spans * number] int64, indices into K of the added tokens.
     """
-    last = _last(spans, device)
+    beside = _first(spans, device) if before else _last(spans, device)
     every = torch.arange(num_visual, device=device)
-    chosen = torch.sort(torch.cat([every, last.repeat_interleave(number)])).values
-    behind = torch.arange(len(spans), device=device) * number + last + 1  # index of each span's first added token
-    at = (behind[:, None] + torch.arange(number, device=device)).flatten()
-    return chosen, at
+    chosen = torch.sort(torch.cat([every, beside.repeat_interleave(number)])).values
+    shifted = torch.arange(len(spans), device=device) * number + beside  # index of the token beside each span's block
+    at = (shifted[:, None] + torch.arange(number, device=device)).flatten()
+    return chosen, at if before else at + 1
 
 
 def is_register(span_V: Tensor, number: int) -> Tensor:
@@ -117,6 +122,12 @@ def is_register(span_V: Tensor, number: int) -> Tensor:
     """
     other = torch.cat([span_V[number:], torch.full_like(span_V[:number], -1)])
     return other != span_V
+
+
+def _first(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
+    """[spans] int64, index of each span's first candidate."""
+    lengths = np.array([span.before for span in spans], dtype=np.int64)
+    return to_device(np.cumsum(lengths) - lengths, device)
 
 
 def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:

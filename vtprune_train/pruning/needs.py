@@ -30,9 +30,12 @@ class Needs(Settings):
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, the tokens that were kept;
             ``keep_dense``, all tokens, ranked again by the new question.
         encoder_layers: layers of the vision tower whose attention :attr:`Candidates.encoder` holds; negative ones count
-            from the end, and -1 is the last layer whose features the decoder receives.
+            from the end, and -1 is the last layer whose features the decoder receives; a float is a share of the depth
+            from 0.0, the first layer, to 1.0, that last layer.
         encoder_rows: which attention to read: that of the class token (``class``), or the mean over all tokens of the
             tile (``all``).
+        encoder_features: provide the features of the vision tower that the projector reads, in
+            :attr:`Candidates.encoder`; alone or together with ``encoder_layers``.
         hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
             query row that follows the image (``query``), or right after the image's span (``span``).
         hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
@@ -45,7 +48,15 @@ class Needs(Settings):
     positions: Positions = "keep"
     differentiable: bool = False
     multi_turn: MultiTurn = "drop"
-    encoder_layers: tuple[int, ...] = ()
+    encoder_layers: tuple[int | float, ...] = ()
     encoder_rows: EncoderRows = "class"
+    encoder_features: bool = False
     hidden_after: HiddenAfter = "query"
     hides_front: bool = False
+
+    @property
+    def from_tower(self) -> str:
+        """What is read from the vision tower, for messages; empty if nothing is."""
+        if self.encoder_layers:
+            return "the vision tower's attention"
+        return "the vision tower's output" if self.encoder_features else ""

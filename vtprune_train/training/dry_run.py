@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from vtprune_train.pruning.attending import check_attending
 from vtprune_train.pruning.base import Per, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
-from vtprune_train.pruning.phases import Phase, Teacher, Warmup
+from vtprune_train.pruning.phases import Phase, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
@@ -174,8 +175,9 @@ def _video_lines(
 
 
 def _has_full_steps(config: Config) -> bool:
-    """Whether some steps run on all tokens, or almost all; memory must suffice for them."""
-    return config.pruning.warmup is not None or config.full_token_share > 0
+    """Whether some steps keep more tokens than the method; memory must suffice for them."""
+    varied = (config.pruning.warmup, config.pruning.budgets, config.pruning.curriculum)
+    return any(setting is not None for setting in varied) or config.full_token_share > 0
 
 
 def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> list[str]:
@@ -184,20 +186,19 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
     if not _has_full_steps(config):
         return []
     size = max(layout.examples(), key=lambda size: layout.tokens([size]))
-    share, weight = config.full_token_share, pruning.consistency_weight
+    tokens, tiles = layout.tokens([size]), layout.tiles([size])
+    phases = config.phases(1, cost.decoder.num_layers)
 
     def mean_step(method: PruningMethod | None) -> float:
-        if method is None:
-            return 1.0
-        teacher = Teacher(method, weight, pruning.consistency_temperature) if weight else None
-        phases = (1 - share, Phase(method)), (share, Phase(None, teacher))
-        return sum(
-            part * _phase_ratio(phase, layout.tokens([size]), layout.tiles([size]), cost) for part, phase in phases
+        return (
+            1.0
+            if method is None
+            else replace(phases, method=method).mean(lambda phase: _phase_ratio(phase, tokens, tiles, cost))
         )
 
     lines = [
-        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, with {share:.3g} of the steps on "
-        "full tokens (including a teacher's pass)"
+        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, with "
+        f"{replace(phases, warmup=None).describe()}; teachers are counted"
     ]
     if pruning.warmup is not None:
         settings = pruning.warmup
@@ -222,7 +223,7 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
 
     flops = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
     if phase.teacher is not None:
-        flops += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
+        flops += cost.forward_text(*lengths(phase.teacher.drops(num_layers)), supervised)[0]
     return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 

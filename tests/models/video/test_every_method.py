@@ -148,7 +148,7 @@ def test_training_does_not_wait(setups, name):
 
 # ---------------------------------------------------------------------------------------------------- every method
 
-TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip"}
+TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip", "scope", "hiprune", "vispruner", "idpruner"}
 WITH_TEXT_BETWEEN = [name for name in METHODS if name not in TOWER]
 COMBINED = Combined((Random(keep=0.5), drop()))
 

@@ -35,12 +35,15 @@ class Spy(PruningMethod):
 
     encoder_layers: tuple[int, ...] = (-1, 0)
     encoder_rows: str = "class"
+    encoder_features: bool = False
 
     name = "spy"
 
     @property
     def needs(self):
-        return Needs(encoder_layers=self.encoder_layers, encoder_rows=self.encoder_rows)
+        return Needs(
+            encoder_layers=self.encoder_layers, encoder_rows=self.encoder_rows, encoder_features=self.encoder_features
+        )
 
     def drops(self, num_layers):
         return (Drop(0, 0.5),)
@@ -102,6 +105,36 @@ def test_signals_are_the_towers_own(name, rows):
             torch.testing.assert_close(signals.attention[layer, token], attention[layer][tile, patch])
 
 
+@pytest.mark.parametrize("layers", [(), (-1,)])
+@pytest.mark.parametrize("name", ["llava_next", "llava", "llava_onevision"])
+def test_features_are_what_the_projector_reads(name, layers):
+    """The projector, applied to a token's signals, gives the token; attention alone asks for no features."""
+    model = prune(family_model(name), Spy(encoder_layers=layers, encoder_features=True))
+    inputs = family_inputs(name, TEXTS)
+    with torch.no_grad():
+        model(**inputs)
+        (signals,) = SEEN
+        expected = torch.cat(
+            list(
+                model.model.get_image_features(
+                    **{key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+                ).pooler_output
+            )
+        ).flatten(0, -2)
+        projected = model.model.multi_modal_projector(signals.features)
+    patches = signals.tile >= 0
+    assert signals.attention.shape == (len(layers), len(expected)) and patches.sum() > 20
+    assert signals.keys.shape == (len(expected), signals.features.shape[1] if layers else 0)
+    assert not signals.features[~patches].any() and not signals.features.requires_grad
+    # LLaVA-OneVision shrinks the grid of large images, whose tokens are mixtures
+    same = (projected - expected).abs().amax(dim=1) < 1e-5
+    assert same[patches].float().mean() > (0.3 if name == "llava_onevision" else 0.999)
+    SEEN.clear()
+    with torch.no_grad():
+        prune(family_model(name), Spy())(**inputs)
+    assert SEEN[0].features is None
+
+
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_features_of_the_same_patch(name):
     """Tokens whose signals are of one patch have the features that the projector makes of it: the mapping is the
@@ -159,8 +192,9 @@ def test_packed_rows_see_what_padded_rows_do(name, tmp_path):
     """The loop's collator and the family's own processor, on samples of several pictures and of none."""
     setup = Setup(name, tmp_path)
     parts = setup.parts()
-    model = prune(parts.model, Spy()).eval()
-    collate = setup.collator(parts, Spy())
+    spy = Spy(encoder_features=True)
+    model = prune(parts.model, spy).eval()
+    collate = setup.collator(parts, spy)
     with torch.no_grad():
         model(collate(range(len(RECORDS))))
         model(**padded_inputs(setup, model))
@@ -169,6 +203,7 @@ def test_packed_rows_see_what_padded_rows_do(name, tmp_path):
     assert packed.attention.shape == (2, len(packed.tile)) and len(text_only.tile) == 0
     torch.testing.assert_close(packed.attention, padded.attention, equal_nan=True)
     torch.testing.assert_close(packed.keys, padded.keys)
+    torch.testing.assert_close(packed.features, padded.features)
     assert torch.equal(packed.tile, padded.tile)
 
 
@@ -187,7 +222,7 @@ def test_training_reads_without_gradients_and_leaves_no_hooks():
     class Reads(Half):
         @property
         def needs(self):
-            return Needs(encoder_layers=(-1,))
+            return Needs(encoder_layers=(-1,), encoder_features=True)
 
     gradients = []
     for method in (Half(), Reads()):
@@ -202,7 +237,7 @@ def test_training_reads_without_gradients_and_leaves_no_hooks():
         hooks = [
             len(module._forward_hooks) for module in model.model.vision_tower.modules() if hasattr(module, "weight")
         ]
-        assert not any(hooks)
+        assert not any(hooks) and not model.model.multi_modal_projector._forward_pre_hooks
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
     assert any("vision_tower" in key for key in gradients[0])
@@ -211,7 +246,7 @@ def test_training_reads_without_gradients_and_leaves_no_hooks():
 def test_generate_asks_for_features_first():
     """``generate`` makes them before it calls ``forward``. Several answers to one prompt share them or, before
     transformers 5.18, get copies."""
-    model = prune(family_model("llava_next"), Spy())
+    model = prune(family_model("llava_next"), Spy(encoder_features=True))
     inputs = family_inputs("llava_next", TEXTS)
     expected = kept_tokens(model, inputs)
     first = SEEN[0]
@@ -219,6 +254,7 @@ def test_generate_asks_for_features_first():
     with torch.no_grad():
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     torch.testing.assert_close(SEEN[0].attention, first.attention, equal_nan=True)
+    torch.testing.assert_close(SEEN[0].features, first.features)
     assert len(expected[1]) == 2
     SEEN.clear()
     inputs = family_inputs("llava_next", TEXTS[:2])
@@ -229,6 +265,7 @@ def test_generate_asks_for_features_first():
         one, two = first.attention.split([images[0], sum(images[1:])], dim=1)
         rows = [one, two] if hasattr(GenerationMixin, "_expand_multimodal_outputs") else [one, one, two, two]
         torch.testing.assert_close(SEEN[0].attention, torch.cat(rows, dim=1), equal_nan=True)
+        assert len(SEEN[0].features) == sum(row.shape[1] for row in rows)
 
 
 def test_layers():
@@ -250,6 +287,8 @@ def test_families_whose_tower_is_not_read(name):
         match=r"spy needs .* not available for .*: it cannot be read .*; use a method that does not need it.*divprune",
     ):
         prune(family_model(name), Spy())
+    with pytest.raises(ValueError, match="spy needs the vision tower's output, which is not available for"):
+        prune(family_model(name), Spy(encoder_layers=(), encoder_features=True))
 
 
 def test_later_turns_in_full_are_refused():

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 NAMES = [*METHODS, NONE]
 STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.
-NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner")
+NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner", "scope", "hiprune", "vispruner")
 
 
 def small_quickstart() -> dict:
@@ -152,6 +152,7 @@ DEFAULTS = {
     "sparsevlm": {"count": "fixed", "recycle": "mean", "positions": "renumber", "heads": 1.0, "gravity": False},
     "plphp": {"keep": 0.4, "delta": 0.3, "alpha": 0.25, "beta": 0.1},
     "fastv": {"keep": 0.5, "rank_with": "this_layer", "positions": "keep"},
+    "dart": {"keep": 0.25, "image_pivots": 4, "text_pivots": 4, "rank_with": "this_layer", "positions": "keep"},
     "feather": {"keep": [0.378, 0.034], "stride": 3, "rank_with": "this_layer", "positions": "keep"},
     "prumerge": {"keep": None, "spatial": 0.0, "positions": "renumber"},
     "fopru": {"keep": 0.25, "strategy": "rank", "positions": "renumber"},
@@ -159,6 +160,10 @@ DEFAULTS = {
     "visionzip": {"keep": 192 / 576, "contextual": 30 / 192, "positions": "renumber"},
     "divprune": {"keep": 0.098, "positions": "renumber"},
     "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
+    "scope": {"keep": 64 / 576, "alpha": 1.0, "positions": "renumber"},
+    "hiprune": {"keep": 192 / 576, "alpha": 0.1, "object_layer": None, "positions": "renumber"},
+    "vispruner": {"keep": 128 / 576, "important": 0.5, "positions": "renumber"},
+    "idpruner": {"keep": 0.25, "balance": 0.5, "at_once": 1, "positions": "renumber"},
     "evs": {"keep": 0.3, "positions": "keep"},
     "vidcom2": {"keep": 0.25, "positions": "renumber"},
     "dycoke": {"keep": 0.3, "positions": "renumber"},

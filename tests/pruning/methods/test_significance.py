@@ -71,7 +71,8 @@ class Scene:
             lost = [first + place for place in newlines_of(grids)]
             attention[:, lost], keys[lost], tile[lost] = math.nan, 0.0, -1
             first += size
-        signals = EncoderSignals(attention, keys, tile)
+        features = torch.randn(total, 5, generator=generator).masked_fill((tile < 0)[:, None], 0.0)
+        signals = EncoderSignals(attention, keys, tile, features)
         self.candidates = Candidates(self.boundary, self.hidden, self.hidden, self.hidden[:0], encoder=signals)
         self.parts = list(
             zip(attention.split(sizes, dim=1), keys.split(sizes), self.hidden.split(sizes), strict=True)

@@ -112,7 +112,7 @@ class StepCosts:
             lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
         )
         if phase.teacher is not None:
-            drops, per = phase.teacher.method.drops(num_layers), phase.teacher.method.per
+            drops, per = phase.teacher.drops(num_layers), phase.teacher.per
             taught = stage_lengths(measured.text, *spans, drops, measured.span_frames, per)
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
         return lengths[:, 0], costs

@@ -325,7 +325,7 @@ class _Walk:
         else:
             hidden = before = stream.index_select(0, boundary.visual_rows)
             visual = self.visual
-        encoder = self.encoder if part.needs.encoder_layers else None
+        encoder = self.encoder if part.needs.from_tower else None
         return Candidates(
             boundary=self.staging.ranked_boundaries[index] if self.staging.ranked_boundaries else boundary,
             hidden=hidden,
@@ -421,13 +421,16 @@ def renumbers(part: PruningMethod, drop: Drop) -> bool:
 
 
 def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
-    """Signals of the tokens ``visual``, indexed as in ``_Walk.visual``; learned tokens get NaN attention and zero
-    keys."""
+    """Signals of the tokens ``visual``, indexed as in ``_Walk.visual``; learned tokens get NaN attention, and
+    zero keys and features."""
     known, learned = visual.clamp(min=0), visual < 0
     return EncoderSignals(
         signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
         signals.keys.index_select(0, known).masked_fill(learned[:, None], 0.0),
         signals.tile.index_select(0, known).masked_fill(learned, -1),
+        None
+        if signals.features is None
+        else signals.features.index_select(0, known).masked_fill(learned[:, None], 0.0),
     )
 
 

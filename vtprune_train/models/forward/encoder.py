@@ -1,5 +1,6 @@
-"""Captures vision-tower attention during its forward pass: hooks on the query/key projections of the requested layers
-record their outputs, and the attention each patch receives is computed from them.
+"""Captures vision-tower attention and features during its forward pass: hooks on the query/key projections of the
+requested layers record their outputs, and the attention each patch receives is computed from them; a hook on the
+projector records its input.
 
 Shape suffixes: P tiles, N patches of a tile, S tokens of a tile in the tower (patches, and a class token in front), H
 heads, D head size, V visual tokens of the stream, M tower hidden size.
@@ -30,40 +31,45 @@ MAPS = 4  # number of full attention maps in memory at once
 
 
 def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
-    """Raise if the method needs vision-tower attention and the model (according to its config) cannot provide it.
+    """Raise if the method reads the vision tower and the model (according to its config) cannot provide it.
 
     Raises:
         ValueError: the message names the method, the family and alternatives.
     """
-    if not method.needs.encoder_layers:
+    needed = method.needs.from_tower
+    if not needed:
         return
     instead = "use a method that does not need it, for example divprune or cdpruner"
     try:
-        required(family.patches, f"needs the vision tower's attention, which is not available for {family.title}")
+        required(family.patches, f"needs {needed}, which is not available for {family.title}")
         class_tokens(config.vision_config)
     except ValueError as error:
         raise ValueError(f"{method.name} {error}; {instead}") from error
     if method.needs.multi_turn == "keep_dense":
         raise ValueError(
-            f"{method.name} needs the vision tower's attention, which is not computed again for earlier images: "
+            f"{method.name} needs {needed}, which is not computed again for earlier images: "
             "multi_turn='keep_dense' cannot be combined with it; use multi_turn='drop'"
         )
+    if not method.needs.encoder_layers:
+        return
     try:
         layers_read(config, method.needs.encoder_layers)
     except ValueError as error:
         raise ValueError(f"{method.name}: {error}") from error
 
 
-def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
+def layers_read(config: Any, wanted: Sequence[int | float]) -> list[int]:
     """Resolve ``wanted`` to vision-tower layer indices. Negative indices count back from the layer that feeds the
-    projector (-1); negative indices before the first layer are ignored.
+    projector (-1); negative indices before the first layer are ignored. A float is a share of the depth, from 0.0 (the
+    first layer) to 1.0 (the layer that feeds the projector), rounded half to even.
 
     Raises:
         ValueError: a layer does not exist, or no layer remains.
     """
     depth = config.vision_config.num_hidden_layers
     last = max(feature_states(config)) - 1
-    layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
+    whole = [round(layer * last) if isinstance(layer, float) else layer for layer in wanted]
+    layers = [layer if layer >= 0 else last + 1 + layer for layer in whole]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
             f"the vision tower has no layer {beyond[0]}: it has {depth}, counted from 0; use 0 to {last}, or a "
@@ -80,20 +86,26 @@ def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
 
 class Reading:
     """Captured tensors of one vision-tower run: per layer, queries (only the class token's if it exists and ``asked``
-    is ``class``) and keys [P, S, M]."""
+    is ``class``) and keys [P, S, M]; and, if ``wants_features``, the input of the projector [P, S, projector input]."""
 
-    def __init__(self, config: Any, wanted: Sequence[int], asked: EncoderRows = "class"):
+    def __init__(
+        self, config: Any, wanted: Sequence[int | float], asked: EncoderRows = "class", wants_features: bool = False
+    ):
         self.class_tokens = class_tokens(config.vision_config)
         self.rows = self.class_tokens if asked == "class" else 0  # 0: all
-        self.layers = layers_read(config, wanted)
+        self.layers = layers_read(config, wanted) if wanted else []
+        self.wants_features = wants_features
+        self.features: Tensor | None = None
         self.queries: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
         self.vision = config.vision_config
         self.heads = self.vision.num_attention_heads
         self.head_size = self.vision.hidden_size // self.heads
 
-    def hook(self, tower: HFModule) -> list[Any]:
+    def hook(self, tower: HFModule, projector: nn.Module | None = None) -> list[Any]:
         handles = []
+        if self.wants_features and projector is not None:
+            handles.append(projector.register_forward_pre_hook(self._note_features()))
         for layer in set(self.layers):
             attention = tower.encoder.layers[layer].self_attn
             handles.append(attention.q_proj.register_forward_hook(self._note(self.queries, layer, self.rows)))
@@ -112,6 +124,15 @@ class Reading:
 
         return note
 
+    def _note_features(self) -> Any:
+        reader = threading.get_ident()
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == reader:
+                self.features = args[0].detach()
+
+        return note
+
     @torch.no_grad()
     def signals(self, index: Tensor) -> EncoderSignals:
         """The signals of visual tokens.
@@ -120,7 +141,7 @@ class Reading:
             index: [V] int64, patch index (of P * N) of each token; out-of-range values mean no patch.
 
         Raises:
-            ValueError: the tower's projections were not captured.
+            ValueError: the tower's projections or features were not captured.
         """
         if missing := [layer for layer in self.layers if layer not in self.keys]:
             raise ValueError(
@@ -128,17 +149,29 @@ class Reading:
                 "by torch.compile before prune runs no hooks; compile it with "
                 "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
             )
-        received = {layer: self._received(layer) for layer in set(self.layers)}
-        keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :]
-        tiles, patches, width = keys_PNM.shape
+        if self.wants_features and self.features is None:
+            raise ValueError(
+                "the input of the multimodal projector could not be read, because its hooks did not run; do not "
+                "compile the projector with torch.compile"
+            )
+        patches = int(np.prod(patch_grid(self.vision)))
+        features_PNM = None if self.features is None else self.features[:, self.features.shape[1] - patches :]
+        keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :] if self.layers else None
+        tiles = next(len(rows_PNM) for rows_PNM in (keys_PNM, features_PNM) if rows_PNM is not None)
         shows = (index >= 0) & (index < tiles * patches)
         patch = torch.where(shows, index, 0)
+        tile = torch.where(shows, torch.div(patch, patches, rounding_mode="floor"), -1)
+
+        def of_tokens(rows_PNM: Tensor) -> Tensor:
+            return rows_PNM.flatten(0, 1).index_select(0, patch).masked_fill(~shows[:, None], 0.0)
+
+        features = None if features_PNM is None else of_tokens(features_PNM)
+        if keys_PNM is None:
+            attention = torch.zeros(0, len(index), device=index.device)
+            return EncoderSignals(attention, attention.new_zeros(len(index), 0), tile, features)
+        received = {layer: self._received(layer) for layer in set(self.layers)}
         attention = torch.stack([received[layer] for layer in self.layers]).index_select(1, patch)
-        return EncoderSignals(
-            attention.masked_fill(~shows, torch.nan),
-            keys_PNM.reshape(-1, width).index_select(0, patch).masked_fill(~shows[:, None], 0.0),
-            torch.where(shows, torch.div(patch, patches, rounding_mode="floor"), -1),
-        )
+        return EncoderSignals(attention.masked_fill(~shows, torch.nan), of_tokens(keys_PNM), tile, features)
 
     def _received(self, layer: int) -> Tensor:
         """[P * N] float32, attention each patch receives in a layer, averaged over heads and queries."""
@@ -158,11 +191,12 @@ def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | 
     """Context manager that captures what ``method`` needs from the vision tower of ``base``; yields ``None`` if it
     needs nothing. The hooks are removed afterwards, before activation checkpointing runs a layer again. A compiled
     tower runs eagerly inside the context."""
-    if method is None or not method.needs.encoder_layers:
+    if method is None or not method.needs.from_tower:
         yield None
         return
-    notes = Reading(base.config, method.needs.encoder_layers, method.needs.encoder_rows)
-    handles = notes.hook(base.vision_tower)
+    needs = method.needs
+    notes = Reading(base.config, needs.encoder_layers, needs.encoder_rows, needs.encoder_features)
+    handles = notes.hook(base.vision_tower, base.multi_modal_projector)
     try:
         with eager(base.vision_tower):
             yield notes
@@ -189,14 +223,17 @@ def patch_index(patches_of_image: Sequence[tuple[np.ndarray, int]], patches: int
 def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:
     """The signals of each image's tokens."""
     sizes = list(lengths)
-    parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes)
+    features = [None] * len(sizes) if signals.features is None else signals.features.split(sizes)
+    parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes), features
     return [EncoderSignals(*part) for part in zip(*parts, strict=True)]
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
     """Concatenate the signals of several images."""
+    features = [image.features for image in images if image.features is not None]
     return EncoderSignals(
         torch.cat([image.attention for image in images], dim=1),
         torch.cat([image.keys for image in images]),
         torch.cat([image.tile for image in images]),
+        torch.cat(features) if features else None,
     )

@@ -44,13 +44,13 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     images = features.pooler_output
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
-    if read is not None:
+    if read is not None and state.method is not None:
         shown = required(state.family.patches, state.family.title)(self.config, inputs)
         if [len(index) for index, _ in shown] != lengths:
             raise ValueError(
                 f"images have {lengths} visual tokens, but the config implies {[len(index) for index, _ in shown]}, so "
-                "the vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy "
-                "or vision_aspect_ratio"
+                f"{state.method.needs.from_tower} cannot be assigned to tokens; do not pass "
+                "vision_feature_select_strategy or vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
@@ -67,12 +67,12 @@ def get_video_features(self: HFModule, original: Callable[..., Any], state: Stat
     call.
 
     Raises:
-        ValueError: the method reads the vision tower's attention.
+        ValueError: the method reads the vision tower's attention or output.
     """
-    if state.method is not None and state.method.needs.encoder_layers:
+    if state.method is not None and (needed := state.method.needs.from_tower):
         raise ValueError(
-            f"{state.method.name} needs the vision tower's attention, which is not available for videos; use a method "
-            "that does not need it, for example divprune or cdpruner"
+            f"{state.method.name} needs {needed}, which is not available for videos; use a method that "
+            "does not need it, for example divprune or cdpruner"
         )
     inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
@@ -162,9 +162,9 @@ def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> 
     lengths, seen = state.family.image_lengths(list(images)), _attached(images)
     call.images = [Visual(length) for length in lengths]
     if len(seen) < len(lengths):
-        if state.method is not None and state.method.needs.encoder_layers:
+        if state.method is not None and (needed := state.method.needs.from_tower):
             raise ValueError(
-                f"{state.method.name} needs the vision tower's attention, but the image features were not computed by "
+                f"{state.method.name} needs {needed}, but the image features were not computed by "
                 "this model's get_image_features; pass pixel_values instead"
             )
         return

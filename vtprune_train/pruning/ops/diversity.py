@@ -131,3 +131,111 @@ def _in_order(picks: list[Tensor], sizes: Sequence[int], take: Sequence[int], de
     places, shift = to_device((np.flatnonzero(wanted), starts), device)
     rows = torch.stack(picks, dim=1) + shift[:, None]
     return torch.sort(rows.flatten().index_select(0, places)).values
+
+
+def marginally_relevant(
+    features_VC: Tensor,
+    importance_V: Tensor,
+    sizes: Sequence[int],
+    take: Sequence[int],
+    balance: float,
+    at_once: int = 1,
+) -> Tensor:
+    """Greedy maximal marginal relevance: start with the most important tokens, then repeatedly add those with the
+    highest ``balance * importance - (1 - balance) * (largest cosine similarity to a selected token)``. Ties go to the
+    earlier token.
+
+    Source: IDPruner (arXiv 2602.13315), its re-ranking by maximal marginal relevance.
+
+    Args:
+        features_VC: any float dtype, grouped by image.
+        importance_V: importance in [0, 1].
+        sizes: tokens of each image.
+        take: number of tokens to select per image, at most its size.
+        balance: weight of the importance.
+        at_once: tokens added per step.
+
+    Returns:
+        [K] int64 candidate indices, grouped by image and ascending within each.
+    """
+    unit_SNC, real_SN = _padded(F.normalize(features_VC.float(), dim=-1), sizes)
+    importance_SN, _ = _padded(importance_V.float(), sizes)
+    score_SN, nearest_SN = importance_SN, torch.full_like(importance_SN, -2.0)
+    picks: list[Tensor] = []
+    while len(picks) < max(take, default=0):
+        ordered_SN = score_SN.masked_fill(~real_SN, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        for best_S in ordered_SN[:, :at_once].unbind(1):
+            picks.append(best_S)
+            real_SN = real_SN.scatter(1, best_S[:, None], False)
+            nearest_SN = torch.maximum(nearest_SN, _rows_dot(unit_SNC, best_S))
+        score_SN = balance * importance_SN - (1.0 - balance) * nearest_SN
+    return _in_order(picks, sizes, take, features_VC.device)
+
+
+def covering(features_VC: Tensor, saliency_V: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
+    """Greedy coverage weighted by saliency: each step adds the token with the highest ``saliency * gain``, where the
+    gain is how much it increases, summed over all tokens of the image, the cosine similarity to the nearest selected
+    token (0 without one). Ties go to the earlier token.
+
+    Source: SCOPE (arXiv 2510.24214), token-coverage gain and SCOPE score. The gains of a step are sums over all pairs
+    of tokens, so images are processed one by one and do not depend on the rest of the batch.
+
+    Args:
+        features_VC: any float dtype, grouped by image.
+        saliency_V: non-negative weights.
+        sizes: tokens of each image.
+        take: number of tokens to select per image, at most its size.
+
+    Returns:
+        [K] int64 candidate indices, grouped by image and ascending within each.
+    """
+    chosen, start = [torch.zeros(0, dtype=torch.int64, device=features_VC.device)], 0
+    images = zip(features_VC.split(list(sizes)), saliency_V.float().split(list(sizes)), sizes, take, strict=True)
+    for features_NC, saliency_N, size, count in images:
+        if count == size:
+            chosen.append(torch.arange(start, start + size, device=features_VC.device))
+        elif count:
+            chosen.append(start + _covering(F.normalize(features_NC.float(), dim=-1), saliency_N, count))
+        start += size
+    return torch.cat(chosen)
+
+
+def _covering(unit_NC: Tensor, saliency_N: Tensor, count: int) -> Tensor:
+    """[count] int64 ascending, the tokens of one image."""
+    cosine_NN = unit_NC @ unit_NC.T
+    covered_N1, free_N = torch.zeros_like(saliency_N)[:, None], torch.ones_like(saliency_N, dtype=torch.bool)
+    picks = []
+    for _ in range(count):
+        gain_N = (cosine_NN - covered_N1).clamp(min=0.0).sum(dim=0) * saliency_N
+        best_1 = gain_N.masked_fill(~free_N, -torch.inf).argmax(dim=0, keepdim=True)
+        picks.append(best_1)
+        free_N = free_N.index_fill(0, best_1, False)
+        covered_N1 = torch.maximum(covered_N1, cosine_NN.index_select(1, best_1))
+    return torch.sort(torch.cat(picks)).values
+
+
+def without_duplicates(features_NC: Tensor, comparable_N: Tensor, count: int, at_once: int = 8) -> Tensor:
+    """Repeatedly remove duplicates: divide the remaining tokens alternately into two groups and remove from the first
+    group the ``at_once`` tokens (fewer in the last step) that are most similar to any token of the second. The rest of
+    the first group, by descending similarity, and then the second group form the next order.
+
+    Source: VisPruner (arXiv 2412.01818), its removal of duplicate tokens.
+
+    Args:
+        features_NC: tokens of one image in the order in which they are divided, any float dtype.
+        comparable_N: bool; other tokens count as duplicates.
+        count: number of tokens to keep, 1 to N.
+
+    Returns:
+        [count] int64, indices of the remaining tokens.
+    """
+    unit_NC = F.normalize(features_NC.float(), dim=-1)
+    cosine_NN = unit_NC @ unit_NC.T
+    left = torch.arange(len(unit_NC), device=unit_NC.device)
+    while len(left) > count:
+        first, second = left[::2], left[1::2]
+        similar = cosine_NN.index_select(0, first).index_select(1, second).amax(dim=1)
+        similar = similar.masked_fill(~comparable_N.index_select(0, first), 2.0)
+        order = torch.sort(similar, descending=True, stable=True).indices[min(at_once, len(left) - count) :]
+        left = torch.cat([first.index_select(0, order), second])
+    return left

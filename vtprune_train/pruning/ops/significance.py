@@ -24,12 +24,14 @@ def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:
         return candidates.encoder
     if len(candidates.boundary.span_of_visual):
         raise ValueError(
-            "the method needs the vision tower's attention, but the tower did not run in this call; pass pixel_values "
-            "to the model"
+            "the method reads the vision tower, but the tower did not run in this call; pass pixel_values to the model"
         )
     hidden = candidates.hidden
     return EncoderSignals(
-        hidden.new_zeros((layers, 0), dtype=torch.float32), hidden.new_zeros((0, 1)), hidden.new_zeros(0).long()
+        hidden.new_zeros((layers, 0), dtype=torch.float32),
+        hidden.new_zeros((0, 1)),
+        hidden.new_zeros(0).long(),
+        hidden.new_zeros((0, 1)),
     )
 
 

@@ -106,12 +106,11 @@ def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumula
 
 
 def densest_step(trainer: Trainer) -> int:
-    """Return the upcoming step that keeps the most tokens: a full-token step if any, otherwise the next step (in a
-    warm-up, later steps drop more)."""
+    """Return the upcoming step that keeps the most tokens."""
     phases, first = trainer.collate.phases, trainer.state.step
     if phases is None or not phases.vary:
         return first
-    return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
+    return phases.densest(first, trainer.end_step)
 
 
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:

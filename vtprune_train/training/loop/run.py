@@ -90,7 +90,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
         log.info("%s", first_sample(collate))
     warn_of_batch(config.train.global_batch_size, len(collate.index.order()))
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
-    collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps)
+    collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps, cost.decoder.num_layers)
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))

@@ -65,16 +65,16 @@ def speed(now: Fetched, totals: dict[str, float], seconds: float, device: torch.
 
 def dropping(collate: Collator, step: int, consistency: float) -> dict[str, Any]:
     """Pruning metrics of a step: the keep ratio of each stage after the first, and, if the run has full-token steps,
-    whether this is one."""
+    whether this is one; with a teacher, the KL divergence."""
     phases = collate.phases
     if phases is None or phases.method is None:
         return {}
     numbers: dict[str, Any] = {"keep": phases.keep(step, collate.cost.decoder.num_layers)}
+    phase = phases.of(step)
     if phases.full.share:
-        phase = phases.of(step)
         numbers["full_tokens"] = phase.full_tokens
-        if phase.teacher is not None:
-            numbers["consistency_loss"] = finite(consistency)
+    if phase.teacher is not None:
+        numbers["consistency_loss"] = finite(consistency)
     return numbers
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vtprune_train.pruning.phases import Budgets
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.callback import Callback, Trainer
 from vtprune_train.training.loop.layout import has_videos
@@ -93,6 +94,13 @@ def log_start(trainer: Trainer) -> None:
     )  # fmt: skip
     if phases is not None and phases.vary:
         log.info("pruning during training: %s", phases.describe())
+        budgets, varied = config.pruning.budgets, phases.varied
+        if budgets is not None and isinstance(varied, Budgets) and varied.low > budgets[0]:
+            log.warning(
+                "pruning.budgets begins at %g, but with %d layers %s cannot keep less than %g; smaller budgets are not "
+                "trained",
+                budgets[0], varied.num_layers, config.pruning.method, varied.low,
+            )  # fmt: skip
         if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
             log.warning(
                 "pruning.warmup takes %d steps, more than the training (%d): it never reaches pruning.keep",
