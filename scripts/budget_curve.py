@@ -33,17 +33,16 @@ def main() -> int:
         "layer (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--any_budget", nargs="+", default=["pruning.budgets=[0.1, 1.0]"], metavar="key=value",
-        help="settings that train one model for any budget (default: %(default)s)",
+        "--any_budget", nargs="+", metavar="key=value",
+        help="settings that train one model for all budgets (default: pruning.budgets, from the lowest to the highest)",
     )  # fmt: skip
     add_options(parser)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     budgets = [float(share) for share in arguments.budgets.split(",")]
-    result = curve(
-        tasks_of(arguments.tasks), arguments.method, budgets, arguments.any_budget, arguments.overrides,
-        Options.of(arguments),
-    )  # fmt: skip
+    any_budget = arguments.any_budget or [f"pruning.budgets=[{min(budgets):g}, {max(budgets):g}]"]
+    options = Options.of(arguments)
+    result = curve(tasks_of(arguments.tasks), arguments.method, budgets, any_budget, arguments.overrides, options)
     write(result, arguments.out, "budget_curve", curve_table(result))
     curve_plot(result, arguments.out / "budget_curve.png")
     return 0

@@ -37,7 +37,7 @@ def curve(
         tasks: the tasks.
         method: name of the method.
         budgets: mean shares of visual tokens that enter a layer. Those that the method cannot reach are left out.
-        any_budget: settings, beside those of the method, of the one model for all of them.
+        any_budget: settings, beside the method with its defaults, of the one model for all of them.
         common: settings of all runs.
         options: see :class:`~comparing.recipes.Options`.
 
@@ -56,14 +56,13 @@ def curve(
                 left_out[f"{budget:g}"] = str(error)
         if not any(methods.values()):
             raise ValueError(f"--budgets: {method} reaches none of them: {next(iter(left_out.values()), 'all are 1')}")
-        middle = next(one for one in methods.values() if one is not None)  # the settings of its other budgets follow
 
         def runs(*overrides: str, task: Task = task) -> list[Run]:
             return [Run(task, (*common, *overrides), options.steps, seed, options.root) for seed in options.seeds]
 
         plans[task.name] = plan = {
             budget: {
-                ANY: (runs(*as_overrides(middle), *any_budget), one),
+                ANY: (runs(*as_overrides(method_class(method)()), *any_budget), one),
                 EACH: (runs(*as_overrides(one)), one),
                 DENSE: (runs(*as_overrides(None)), one),
             }

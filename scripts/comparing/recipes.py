@@ -88,10 +88,8 @@ def row_of(name: str, task: Task, budget: float, recipes: Mapping[str, Sequence[
     overrides = (*common, *recipes.get(name, (f"pruning.method={name}",)))
     trained = load_config(task.recipe, overrides).pruning
     keys = {override.partition("=")[0] for override in overrides if override.startswith("pruning.")}
-    if {key.split(".")[1] for key in keys} - {"method", *TRAINING_ONLY}:
+    if isinstance(trained.method, list) or {key.split(".")[1] for key in keys} - {"method", *TRAINING_ONLY}:
         return Row(name, overrides, trained.build())
-    if not isinstance(trained.method, str):
-        raise ValueError(f"recipe {name} combines methods, so it must set what they keep")
     method, note = at_budget(trained.method, budget, task.num_layers)
     return Row(name, (*overrides, *as_overrides(method)), method, note)
 

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from tests.support.runner import ROOT
+from vtprune_train import prune, unprune
 from vtprune_train.bench import runs as bench_runs
 from vtprune_train.bench.runs import Asked, Cells, Run, as_overrides, cell_name
 from vtprune_train.bench.standard_errors import crossed_error, mean_and_error
-from vtprune_train.bench.step_times import spread
-from vtprune_train.bench.tasks import TASKS, tasks_of
+from vtprune_train.bench.step_times import image_sizes, padded_batch, spread
+from vtprune_train.bench.tasks import TASKS, Task, tasks_of
+from vtprune_train.config.load import load_config
+from vtprune_train.data import synthetic_text
 from vtprune_train.pruning import method_class
+from vtprune_train.training.loop.data import build_collator
+from vtprune_train.training.loop.parts import build_parts, training_cost
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +312,58 @@ STEP = {
     "flops": 2.0, "flops_dense": 4.0, "flops_selector": 0.0, "visual_tokens": 8.0, "visual_tokens_entering": 4.0,
     "visual_tokens_leaving": 2.0, "loss": 1.0, "step_time": 2.0,
 }  # fmt: skip
+
+
+# With real runs
+
+
+def write_small(folder, **_):
+    synthetic_text.write_dataset(folder, num_train=24, num_eval=6, seed=1)
+
+
+def tiny_task(folder):
+    """The text task with a few images and small steps."""
+    file = folder / "tiny.yaml"
+    file.write_text(
+        f"base: {ROOT / 'configs' / 'quickstart_text.yaml'}\ndata: {{root: {folder / 'data'}}}\n"
+        "train: {global_batch_size: 4}\n"
+    )
+    return Task("tiny", str(file), write_small)
+
+
+@pytest.mark.slow
+def test_a_comparison_from_start_to_end(comparing, tmp_path, capsys):
+    """Steps are timed, rows trained for the steps that fit, and answers counted; then all of it is reused."""
+    recipes = comparing("recipes")
+    task = tiny_task(tmp_path)
+    rows = {"tiny": [recipes.row_of(name, task, 0.5, {}, []) for name in ("none", recipes.PADDED, "random")]}
+    options = recipes.Options(4, (0,), 6, 3, 2, tmp_path / "runs")
+
+    def compared():
+        return recipes.compare([task], rows, "time", 2, options)
+
+    result = compared()["tasks"]["tiny"]
+    assert list(result) == ["none", "dense_padded", "random"] and result["none"]["step_ratio"] == 1
+    for name, row in result.items():
+        assert row["steps"] == recipes.fitted_steps(4, row["step_ratio"]) and row["seconds"] > 0
+        assert 0 <= row["as_trained"]["exact_match"] <= 1 and len(row["as_trained"]["seeds"]) == 1
+        assert row["taken_share"] == pytest.approx(0.5 if name == "random" else 1, abs=0.05)
+    assert not (tmp_path / "runs" / "tiny" / "step_times").exists()
+    capsys.readouterr()
+    assert compared()["tasks"]["tiny"] == result and not capsys.readouterr().out, "nothing is done again"
+
+
+def test_padded_batches_have_the_packed_loss(tmp_path):
+    """The row in transformers' own code trains on the same tokens and targets."""
+    task = tiny_task(tmp_path)
+    task.write()
+    config = load_config(task.recipe, ["pruning.method=none", f"run.output_dir={tmp_path}"])
+    parts = build_parts(config)
+    collate = build_collator(config, parts, training_cost(config, parts.model.config), None, "train")
+    packed, model = collate([3, 0, 5], None, step=0), parts.model
+    prune(model, None)
+    loss = model(packed).loss_sum / len(packed.targets)
+    unprune(model)
+    inputs = padded_batch(packed, image_sizes(collate, [3, 0, 5]))
+    assert inputs["input_ids"].shape[0] == 3 and int(inputs["attention_mask"].sum()) == len(packed.input_ids)
+    assert float(model(**inputs, use_cache=False).loss) == pytest.approx(float(loss), rel=1e-4)

@@ -253,7 +253,7 @@ def ask(
     """Exact match, the answers that are right (``1``) and wrong (``0``), and the measured token share (cache-pruning
     methods: share of kept keys)."""
     saved = getattr(loaded.model.config, CONFIG_KEY, None) or {}
-    if method is not None and learns(method) and saved.get("method") != method.name:
+    if method is not None and learns(method) and saved.get("method") != method.settings()["method"]:
         reason = "requires learned parameters that this model does not have"
         return {"exact_match": None, "right": None, "taken_share": None, "reason": reason}
     with pruned_by(loaded, method, attention):

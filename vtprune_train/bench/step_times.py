@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import IGNORE, PackedBatch
 from vtprune_train.data.images import image_size
+from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.loader import StepLoader
 from vtprune_train.models.patch import unprune
 from vtprune_train.training.engine.start import start_distributed
@@ -97,24 +98,24 @@ class _PaddedRow(_Row):
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         unprune(trainer.engine.module)
-        index = trainer.collate.index
-        self.numbers = {index.sample_id(number): number for number in range(len(index))}
 
     def step(self, number: int) -> None:
         engine, now = self.trainer.engine, self._fetch(number)
         supervised = sum(len(batch.targets) for batch in now.batches)
-        for index, packed in enumerate(now.batches):
+        for index, (packed, samples) in enumerate(zip(now.batches, now.plan.micro_batches, strict=True)):
             with engine.accumulate(last=index == len(now.batches) - 1):
-                output = engine(**padded_batch(packed, self._image_sizes(packed)), use_cache=False)
+                sizes = image_sizes(self.trainer.collate, samples[0])
+                output = engine(**padded_batch(packed, sizes), use_cache=False)
                 engine.backward(output.loss * (len(packed.targets) / supervised))
         engine.squared_grad_norm()
         engine.step()
 
-    def _image_sizes(self, batch: PackedBatch) -> list[tuple[int, int]]:
-        """(height, width) of the images of a batch."""
-        index, numbers = self.trainer.collate.index, [self.numbers[sample] for sample in batch.sample_ids]
-        files = [file for number in numbers for file in index.files(number, index.record(number))]
-        return [image_size(file.source) for file in files if not isinstance(file.source, tuple)]  # tuples: videos
+
+def image_sizes(collate: Collator, samples: Sequence[int]) -> list[tuple[int, int]]:
+    """``(height, width)`` of the images of samples, in order."""
+    index = collate.index
+    files = [file for sample in samples for file in index.files(sample, index.record(sample))]
+    return [image_size(file.source) for file in files if not isinstance(file.source, tuple)]  # tuples: videos
 
 
 def padded_batch(batch: PackedBatch, image_sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

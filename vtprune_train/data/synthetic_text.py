@@ -1,8 +1,8 @@
-"""A second data set of the quickstart: images in which words must be read.
+"""A second data set of the quickstart: images in which a word must be read.
 
-Each image has two small signs on a ground with lines: a word on a colored sign, and a number in words on a white one. A
-sign is two patches of the vision tower wide, so most visual tokens do not matter, a few matter much, and which ones
-depends on the question.
+Each image has one word on a small colored sign, on a ground with lines. The sign is two of the 32 patches that the
+vision tower sees of the image, and the words have three letters of 7 pixels, so most visual tokens do not matter and a
+few matter much.
 """
 
 from __future__ import annotations
@@ -23,46 +23,42 @@ PATCH = 14  # side of the vision tower's patches in pixels
 SIGN = (2 * PATCH, PATCH)  # width and height in pixels
 CANVASES = ((112, 56), (56, 112))  # width and height; tiles of the recipe, so that images are not rescaled
 WORDS = ("cat", "dog", "sun", "key", "map", "pie")
-NUMBERS = ("one", "two", "six", "ten", "four", "five")
-WHITE = (240, 240, 240)
+BRIGHT = ("yellow", "orange")  # grounds with dark letters
 FONT_SIZE = 12
 LINES = 1 / 1200  # on the ground, per pixel
-QUESTIONS = {"word": "What is written in colour?", "colour": "What colour is it?", "number": "Which number is it?"}
-READING = ("word", "number")  # asked in the evaluation; the color, which is learned first, leads to the word
-
-
-@dataclass(frozen=True)
-class Sign:
-    """A word on a ground of one color; ``left`` and ``top`` are in pixels."""
-
-    text: str
-    ground: tuple[int, int, int]
-    left: int
-    top: int
+QUESTIONS = {"word": "What is written?", "colour": "What colour is it?"}
+READING = ("word",)  # asked in the evaluation; in training, the color, which is learned first, leads to the word
 
 
 @dataclass(frozen=True)
 class Page:
-    """An image and what there is to read.
+    """An image.
 
     Args:
         width, height: in pixels.
         grey: brightness of the ground.
         lines: ``(x, y, x, y, brightness, width)`` of each line.
-        signs: the signs.
-        truth: the answer to each of :data:`QUESTIONS`.
+        word, colour: of the sign.
+        left, top: of the sign, in pixels.
     """
 
     width: int
     height: int
     grey: int
     lines: tuple[tuple[int, ...], ...]
-    signs: tuple[Sign, ...]
-    truth: dict[str, str]
+    word: str
+    colour: str
+    left: int
+    top: int
+
+    @property
+    def truth(self) -> dict[str, str]:
+        """The answer to each of :data:`QUESTIONS`."""
+        return {"word": self.word, "colour": self.colour}
 
 
 def random_page(rng: random.Random) -> Page:
-    """A page with a word on a colored sign and a number on a white one."""
+    """A page with random lines and a random sign, aligned with the patches."""
     width, height = rng.choice(CANVASES)
     grey = rng.randint(100, 135)
     lines = []
@@ -70,11 +66,8 @@ def random_page(rng: random.Random) -> Page:
         x, y = rng.randrange(width), rng.randrange(height)
         end = (x + rng.randint(-20, 20), y + rng.randint(-20, 20))
         lines.append((x, y, *end, grey + rng.randint(-45, 45), rng.randint(1, 2)))
-    places = [(left, top) for left in range(0, width, SIGN[0]) for top in range(0, height, SIGN[1])]
-    here, there = rng.sample(places, 2)
-    truth = {"word": rng.choice(WORDS), "colour": rng.choice(list(COLOURS)), "number": rng.choice(NUMBERS)}
-    signs = (Sign(truth["word"], COLOURS[truth["colour"]], *here), Sign(truth["number"], WHITE, *there))
-    return Page(width, height, grey, tuple(lines), signs, truth)
+    left, top = rng.randrange(0, width, SIGN[0]), rng.randrange(0, height, SIGN[1])
+    return Page(width, height, grey, tuple(lines), rng.choice(WORDS), rng.choice(list(COLOURS)), left, top)
 
 
 def draw_page(page: Page) -> Image.Image:
@@ -83,12 +76,11 @@ def draw_page(page: Page) -> Image.Image:
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=FONT_SIZE)
     for *ends, brightness, width in page.lines:
         draw.line(ends, fill=(brightness, brightness, brightness), width=width)
-    for sign in page.signs:
-        right, bottom = sign.left + SIGN[0], sign.top + SIGN[1]
-        draw.rectangle((sign.left, sign.top, right - 1, bottom - 1), fill=sign.ground)
-        middle = ((sign.left + right) / 2, (sign.top + bottom) / 2)
-        ink = (0, 0, 0) if sum(sign.ground) > 360 else (255, 255, 255)
-        draw.text(middle, sign.text, font=font, anchor="mm", fill=ink)
+    ground = COLOURS[page.colour]
+    right, bottom = page.left + SIGN[0], page.top + SIGN[1]
+    draw.rectangle((page.left, page.top, right - 1, bottom - 1), fill=ground)
+    ink = (0, 0, 0) if page.colour in BRIGHT else (255, 255, 255)
+    draw.text(((page.left + right) / 2, (page.top + bottom) / 2), page.word, font=font, anchor="mm", fill=ink)
     return image
 
 
