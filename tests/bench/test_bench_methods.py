@@ -1,14 +1,11 @@
-"""``vtprune bench-methods``: every number against a slow one, who is absent and why; the matrix of trained models."""
+"""``vtprune bench-methods``: every number against a slow one, who is absent and why."""
 
-import importlib.util
 import json
-import os
 
 import pytest
 import torch
 
 from tests.support.checkpoints import save_data, save_folder, talkative
-from tests.support.runner import ROOT
 from vtprune_train import dense, prune, unprune
 from vtprune_train.bench import latency
 from vtprune_train.bench.rivals import rivals_of
@@ -203,43 +200,3 @@ def test_wrong_input(more, words, folder, data, capsys):
     said = capsys.readouterr().err
     for word in words:
         assert word in said
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("compare_methods", ROOT / "scripts" / "compare_methods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_matrix_as_tables_and_image(tmp_path):
-    compare = script()
-    names = ["none", "random", "voco"]
-    cost = {"flop_ratio": 0.7, "selector_share": 0.01, "entering_share": 0.5}
-    cost |= {"leaving_share": 0.4, "final_loss": 1.25, "note": None}
-    cells = {
-        a: {b: {"exact_match": None if b == "voco" != a else 0.25, "reason": "it learns" if b == "voco" != a else None}
-            for b in names} for a in names
-    }  # fmt: skip
-    result = {"budget": 0.5, "steps": 9, "questions": 4, "methods": dict.fromkeys(names, cost), "matrix": cells}
-    result["methods"]["voco"] = {**cost, "note": "with its defaults: because"}
-    text = compare.markdown(result)
-    assert "| random | 25.0 | 25.0 | - |" in text and text.count("voco, not available: it learns") == 1
-    assert "- voco: with its defaults: because" in text and "| none | 0.700 | 1.00% | 0.500 | 0.400 | 1.250 |" in text
-    compare.heat_map(result, tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 5_000
-
-
-def test_a_cell_is_kept_until_its_run_is_trained_anew(tmp_path):
-    compare = script()
-    latest = tmp_path / "random" / "checkpoints" / "latest"
-    latest.parent.mkdir(parents=True)
-    latest.write_text("step_00000001")
-    cells = compare.Cells(tmp_path / "cells.json", {"questions": 5})
-    cells.put(tmp_path / "random", "none", {"exact_match": 0.5})
-    again = compare.Cells(tmp_path / "cells.json", {"questions": 5})
-    assert again.of(tmp_path / "random", "none") == {"exact_match": 0.5}
-    assert again.of(tmp_path / "random", "uniform") is None
-    assert compare.Cells(tmp_path / "cells.json", {"questions": 6}).of(tmp_path / "random", "none") is None
-    os.utime(latest, ns=(1, 1))
-    assert again.of(tmp_path / "random", "none") is None

@@ -12,7 +12,7 @@ from vtprune_train.cli import main, quickstart
     "override",
     ["run.name=x", "run.output_dir=elsewhere", "run.stop_after=3", "train.eval_shuffled=false", "data.eval=[]"],
 )
-@pytest.mark.parametrize("options", [(), ("--compare", "--restart"), ("--video",)])
+@pytest.mark.parametrize("options", [(), ("--compare", "--restart"), ("--video",), ("--text",)])
 def test_settings_without_a_table_are_refused_before_anything_is_written(
     tmp_path, monkeypatch, capsys, override, options
 ):

@@ -15,7 +15,7 @@ from typing import Any
 
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.data import synthetic_videos
+from vtprune_train.data import synthetic_text, synthetic_videos
 from vtprune_train.data.synthetic import write_dataset
 
 DATA = Path("runs/data/quickstart")  # data.root of the recipe
@@ -54,13 +54,17 @@ VIDEOS = Task(
     Path("runs/compare_video"),
 )
 
+TEXT = Task(
+    "quickstart_text.yaml", Path("runs/data/quickstart_text"), synthetic_text.write_dataset, Path("runs/compare_text")
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense on the same data and steps")
-    parser.add_argument(
-        "--video", action="store_true", help="train on videos, with questions about what happens in them"
-    )
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--video", action="store_true", help="train on videos, with questions about what happens in them")
+    data.add_argument("--text", action="store_true", help="train on images in which a word must be read")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that train (default: 2)")
     parser.add_argument(
         "--restart", action="store_true", help="delete the earlier run and train from scratch (default: continue it)"
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the overrides are wrong, or the table cannot be made with them.
     """
-    task = VIDEOS if arguments.video else IMAGES
+    task = VIDEOS if arguments.video else TEXT if arguments.text else IMAGES
     check_overrides(task, arguments.overrides)
     task.write(task.data, num_train=NUM_TRAIN, num_eval=NUM_EVAL, seed=7)
     run_folder = empty_folder if arguments.restart else existing_folder

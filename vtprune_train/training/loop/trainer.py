@@ -181,6 +181,12 @@ class Trainer:
         }
         return record, stop
 
+    def single_step(self, now: Fetched) -> dict[str, Any]:
+        """Run one step without fetching the next one, to measure it. Returns its metrics."""
+        counted = self._sum({"supervised": float(sum(len(batch.targets) for batch in now.batches))})
+        self._supervised = int(counted["supervised"])
+        return self.step(now, iter(()))[0]
+
     def _gradients(self, now: Fetched, supervised: int, feed: Iterator[Fetched]) -> dict[str, float]:
         """Accumulate the step's gradients, and fetch the next step's batches while a GPU computes them. Returns losses,
         counts and flags of this step and the token count of the next one, reduced over ranks in a single all-reduce."""
