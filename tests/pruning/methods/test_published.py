@@ -273,6 +273,8 @@ def test_settings():
     assert PruMerge(**PUBLISHED).needs.encoder_layers == ("last",)
     assert PruMerge(layer=3, **PUBLISHED).needs.encoder_layers == (3,)
     assert PruMerge().needs.encoder_layers == (-1,) and PruMerge().needs.encoder_heads == "each"
+    with pytest.raises(ValueError, match="layer=-2 with variant=published: use -1, the tower's last layer"):
+        PruMerge(layer=-2, **PUBLISHED)
     for cls in (PruMerge, VisionZip):
         with pytest.raises(ValueError, match="variant='paper' is not one of default, published"):
             cls(variant="paper")
