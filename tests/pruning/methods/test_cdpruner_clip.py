@@ -17,6 +17,7 @@ from tests.support.helpers import tiny_tokenizer
 from vtprune_train import prune
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.calls import state_of
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import method_from_settings, saved_settings
@@ -228,6 +229,16 @@ def test_a_model_without_a_tokenizer(clip, tmp_path):
     model = prune(type(family_model("llava_next")).from_pretrained(tmp_path), CDPruner(text_tower=clip))
     with pytest.raises(ValueError, match=r"has no tokenizer \(.*\); save the tokenizer with the model"):
         model(**family_inputs("llava_next", TEXTS[:1]))
+
+
+def test_the_training_loop_hands_over_its_tokenizer(clip, monkeypatch):
+    """A model that training makes from a config has no folder, and draws its evaluation images all the same."""
+    model = prune(family_model("llava_next"), CDPruner(text_tower=clip)).eval()
+    state_of(model).tokenizer = tiny_tokenizer()
+    questions = noted_questions(monkeypatch)
+    with torch.no_grad():
+        model(**family_inputs("llava_next", TEXTS))
+    assert questions == [["what is shown here ? assistant :", "two ? assistant :"]]
 
 
 def test_checkpoints_saved_before_have_no_text_tower(clip):

@@ -222,6 +222,24 @@ def test_gradients_reach_projector_and_tower(method, tmp_path):
     assert all(p.grad is not None for key, p in model.named_parameters() if "multi_modal_projector" in key)
 
 
+@pytest.mark.parametrize("method", METHODS[2:], ids=repr)
+def test_a_recomputed_tower_has_the_same_gradients(method):
+    gradients = []
+    for recomputes in (False, True):
+        model = family_model("llava_next")
+        if recomputes:
+            model.model.vision_tower.gradient_checkpointing_enable({"use_reentrant": False})
+        prune(model, method).train()
+        inputs = family_inputs("llava_next", [[0, "what is shown ?"], ["a red", 1, "and", 2, "two ?"]])
+        labels = inputs["input_ids"].clone()
+        labels[:, :-2] = -100
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
+
+
 def test_merged_values_are_projected_sums():
     """The projector is not linear: what is merged before it differs from what is merged after it."""
     scene = Scene(METHODS[1], [[((6, 6),)]], 3)
@@ -255,6 +273,8 @@ def test_settings():
     assert PruMerge(**PUBLISHED).needs.encoder_layers == ("last",)
     assert PruMerge(layer=3, **PUBLISHED).needs.encoder_layers == (3,)
     assert PruMerge().needs.encoder_layers == (-1,) and PruMerge().needs.encoder_heads == "each"
+    with pytest.raises(ValueError, match="layer=-2 with variant=published: use -1, the tower's last layer"):
+        PruMerge(layer=-2, **PUBLISHED)
     for cls in (PruMerge, VisionZip):
         with pytest.raises(ValueError, match="variant='paper' is not one of default, published"):
             cls(variant="paper")

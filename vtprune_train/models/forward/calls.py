@@ -127,7 +127,8 @@ class RankBy:
 @dataclass
 class State:
     """State that ``prune`` attaches to a model: the method and the attributes it replaced. ``chosen_for``: the device
-    type and dtype that the backends were chosen for; ``None`` if the caller chose."""
+    type and dtype that the backends were chosen for; ``None`` if the caller chose. ``tokenizer`` reads the question for
+    methods that need it; ``None``: the one in the folder that the model was loaded from."""
 
     family: Family
     method: PruningMethod | None
@@ -140,6 +141,7 @@ class State:
     pruning: Any = None
     source: Source | None = None
     rank_by: RankBy | None = None
+    tokenizer: Any = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)
 

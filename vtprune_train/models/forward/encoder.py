@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ class Reading:
             tile=tile,
             features=None if features_PNM is None else of_tokens(features_PNM),
             class_features=class_features,
-            project=self._project if self.needs.merges_features else None,
+            project=partial(_project, self.projector) if self.needs.merges_features else None,
         )
         if keys_PNM is None:
             return signals
@@ -217,13 +218,6 @@ class Reading:
         return replace(
             signals, attention=attention.masked_fill(~shows, torch.nan), keys=of_tokens(keys_PNM), heads=self.heads
         )
-
-    def _project(self, features: Tensor) -> Tensor:
-        """[n, projector input] -> [n, C]: calls the projector's own forward, so that its hooks gather its parameters
-        when they are sharded."""
-        assert self.projector is not None, "the projector was hooked"
-        projected: Tensor = self.projector(features.unsqueeze(0)).squeeze(0)
-        return projected
 
     @torch.no_grad()
     def _received(self, layer: int) -> Tensor:
@@ -238,6 +232,13 @@ class Reading:
             products = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5  # [P, H, Q, S]
             rows.append(products.softmax(dim=-1).mean(dim=(1, 2))[:, self.class_tokens :])
         return torch.cat(rows).flatten()
+
+
+def _project(projector: HFModule, features: Tensor) -> Tensor:
+    """[n, projector input] -> [n, C]: calls the projector's own forward, so that its hooks gather its parameters when
+    they are sharded."""
+    projected: Tensor = projector(features.unsqueeze(0)).squeeze(0)
+    return projected
 
 
 @contextmanager

@@ -428,7 +428,8 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         segment = SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key)
         if ids is not None and spans and state.method is not None and state.method.needs.question:
             path = None if state.source is None else state.source.name
-            segment = with_question(segment, ids[row][real[row]], tokenizer_at(path, state.method.name))
+            tokenizer = state.tokenizer or tokenizer_at(path, state.method.name)
+            segment = with_question(segment, ids[row][real[row]], tokenizer)
         segments.append(segment)
     for what, given, left in (("images", call.images, images), ("videos", call.videos, videos)):
         if left:

@@ -130,7 +130,8 @@ class CDPruner(OneShare):
         if not len(candidates.hidden):
             return Selection(boundary.span_of_visual[:0])
         clip = clip_similarity(text_tower, candidates.hidden.device)
-        weights = relevance_by_clip(clip, signals.features, signals.tile >= 0, boundary)
+        with torch.autocast(candidates.hidden.device.type, enabled=False):
+            weights = relevance_by_clip(clip, signals.features, signals.tile >= 0, boundary)
         order = by_tile(signals.tile, boundary)
         parts = [part for of_image in parts_of(boundary) for part in of_image]
         chosen = determinantal(

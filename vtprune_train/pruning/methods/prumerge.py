@@ -47,8 +47,8 @@ class PruMerge(PruningMethod):
         keep: fixed keep ratio in (0, 1] (floor, at least one token), including the spatial tokens; ``None`` keeps the
             outliers instead.
         spatial: number of additional, evenly spaced tokens per outlier (PruMerge+: 3); 0 disables them.
-        layer: layer of the vision tower; -1 is the layer whose output the projector receives. ``None`` is -1, or the
-            tower's last layer with ``variant: published``.
+        layer: layer of the vision tower; -1 is the layer whose output the projector receives, or, with ``variant:
+            published``, the tower's last layer.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
         variant: ``published`` computes what the published code does (42Shawn/LLaVA-PruMerge at 097c041): attention is
             one softmax over all channels of the tower's last layer; each kept token becomes the sum of itself and its
@@ -59,7 +59,7 @@ class PruMerge(PruningMethod):
 
     keep: Share | None = None
     spatial: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    layer: int | None = None
+    layer: int = -1
     positions: Positions = "renumber"
     variant: Variant = "default"
 
@@ -69,13 +69,20 @@ class PruMerge(PruningMethod):
     trains = "yes; gradients reach merged tokens too"
     before: ClassVar[Mapping[str, Any]] = {"variant": "default"}
 
+    def __post_init__(self) -> None:
+        if self.variant == "published" and self.layer < -1:
+            raise ValueError(
+                f"layer={self.layer} with variant=published: use -1, the tower's last layer (published), or a number "
+                "from 0, counted from the first layer"
+            )
+
     @property
     def needs(self) -> Needs:
         if self.variant == "default":
-            return Needs(positions=self.positions, encoder_layers=(-1 if self.layer is None else self.layer,))
+            return Needs(positions=self.positions, encoder_layers=(self.layer,))
         return Needs(
             positions=self.positions,
-            encoder_layers=("last" if self.layer is None else self.layer,),
+            encoder_layers=("last" if self.layer == -1 else self.layer,),
             encoder_heads="joined",
             encoder_features=True,
             merges_features=True,

@@ -17,6 +17,7 @@ from vtprune_train.config.settings import Config
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.load.workers import start_server
 from vtprune_train.files.disk import remove, replace_synced
+from vtprune_train.models.forward.calls import state_of
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.models.io.build import resolve_checkpoint, set_trainable
@@ -93,6 +94,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps, cost.decoder.num_layers)
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
+    state_of(parts.model).tokenizer = collate.encoder.tokenizer
     compile_model(config, parts.model, device, zero_stage(settings))
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay, optimizer.name)
     engine = start_engine(parts.model, groups, optimizer, settings)
