@@ -214,6 +214,12 @@ def _attend_merge(
     bias = change.change.bias(tokens, change.tower)
     with _keys_of(layer.self_attn.k_proj) as keys:
         attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(hidden), attention_mask=bias, **inputs)
+    if not keys:
+        raise ValueError(
+            f"{change.change.name}: the keys of the vision tower could not be read: a tower that was compiled by "
+            "torch.compile before prune runs no hooks; compile it with "
+            "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
+        )
     heads, size = change.vision.num_attention_heads, change.vision.hidden_size
     check_all_heads(change.vision, "the vision tower", keys[0].shape[-1] * heads // size)
     tokens = change.change.merge(
