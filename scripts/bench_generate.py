@@ -109,7 +109,7 @@ def prefill_flops(
     model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, int], int]], method: PruningMethod | None
 ) -> float:
     """Forward FLOPs of the full model on packed prompts, including ranking."""
-    decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config)
+    decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config).changed(method)
     drops = () if method is None else method.drops(decoder.num_layers)
     spans = np.array([anyres.tokens([size])[0] for size, _ in samples])
     text = np.array([text for _, text in samples])

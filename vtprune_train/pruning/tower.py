@@ -123,7 +123,8 @@ def groups_of(candidates: Candidates) -> Tensor:
 
 def one_per_group(group_V: Tensor, span_V: Tensor) -> Tensor:
     """[V] float32 scores that rank one token of each group first: its first candidate, groups with more candidates
-    before others. Tokens that are not patches come next, then the other candidates of the groups.
+    before others. Tokens that are not patches come next, then the other candidates of the groups. Those that are equal
+    in this are ranked so that the first ones are spread over the image.
 
     Args:
         group_V: [V] int64, group of each candidate; -1 for tokens that are not patches.
@@ -135,4 +136,17 @@ def one_per_group(group_V: Tensor, span_V: Tensor) -> Tensor:
     number = is_first.cumsum(0) - 1  # of each group that has candidates
     sizes = torch.zeros_like(keys).index_add(0, number, torch.ones_like(keys)).index_select(0, number)
     scores = torch.where(keys < 0, 1, torch.where(is_first > 0, 1 + sizes, 0))
-    return torch.empty_like(scores, dtype=torch.float32).index_copy(0, at, scores.float())
+    ranked = torch.empty_like(scores, dtype=torch.float32).index_copy(0, at, scores.float())
+    return ranked + _spread_out(span_V) / SPREAD
+
+
+SPREAD = 4096  # with counts of up to as many tokens, sums are exact in float32
+
+
+def _spread_out(span_V: Tensor) -> Tensor:
+    """[V] int64 in ``range(SPREAD)``, such that the tokens of an image with the largest ones are spread evenly over it:
+    multiples of about the golden ratio."""
+    index = torch.arange(len(span_V), device=span_V.device)
+    is_first = torch.cat([torch.ones_like(span_V[:1]), (span_V[1:] != span_V[:-1]).long()]) > 0
+    local = index - torch.where(is_first, index, 0).cummax(0).values
+    return (local * 2531) % SPREAD

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from vtprune_train.core.flops import Grid
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.base import Family, required
+from vtprune_train.models.families.base import Family, Lacks
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward.calls import State, by_name
 from vtprune_train.models.forward.decoder import PARAMETERS
@@ -46,14 +46,15 @@ def check_change(config: Any, family: Family, needs: Needs) -> None:
     """
     change = needs.tower
     assert change is not None
-    required(family.patches, f"changes the tokens of the vision tower, which is not possible for {family.title}")
+    possible = "changes the tokens of the vision tower, which is possible for CLIP and SigLIP towers of LLaVA models"
+    after = "use a method that drops tokens after the tower, for example divprune or cdpruner"
+    if isinstance(family.patches, Lacks):
+        smaller = "lower max_pixels of its processor, or " if family.tower is not None else ""
+        raise ValueError(f"{possible}, not for {family.title}; {smaller}{after}")
     try:
         tower = tile_tower(config)
     except ValueError as error:
-        kind = config.vision_config.model_type
-        raise ValueError(
-            f"changes the tokens of the vision tower, which is possible for CLIP and SigLIP, not for a {kind}"
-        ) from error
+        raise ValueError(f"{possible}, not for a {config.vision_config.model_type}; {after}") from error
     if tower.depth < 1:
         raise ValueError(
             f"vision_feature_layer={config.vision_feature_layer} takes the input of the tower's first layer, so no "
@@ -213,6 +214,12 @@ def _attend_merge(
     bias = change.change.bias(tokens, change.tower)
     with _keys_of(layer.self_attn.k_proj) as keys:
         attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(hidden), attention_mask=bias, **inputs)
+    if not keys:
+        raise ValueError(
+            f"{change.change.name}: the keys of the vision tower could not be read: a tower that was compiled by "
+            "torch.compile before prune runs no hooks; compile it with "
+            "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
+        )
     heads, size = change.vision.num_attention_heads, change.vision.hidden_size
     check_all_heads(change.vision, "the vision tower", keys[0].shape[-1] * heads // size)
     tokens = change.change.merge(
