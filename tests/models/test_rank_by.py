@@ -23,7 +23,7 @@ MERGES, KEYS, LEARNS = "merges tokens", "drops keys in each layer", "trains para
 REFUSED = {
     **dict.fromkeys(("sparsevlm", "prumerge", "visionzip", "prunevid", "pool"), MERGES),
     **dict.fromkeys(("plphp", "zipvl"), KEYS),
-    **dict.fromkeys(("videollm_mod", "victor", "voco", "visionselector", "quecc"), LEARNS),
+    **dict.fromkeys(("videollm_mod", "victor", "voco", "visionselector", "quecc", "prefix"), LEARNS),
 }
 
 
