@@ -24,7 +24,7 @@ REFUSED = {
     **dict.fromkeys(("sparsevlm", "prumerge", "visionzip", "prunevid", "pool"), MERGES),
     **dict.fromkeys(("plphp", "zipvl"), KEYS),
     "tome": "merges tokens inside the vision tower",
-    **dict.fromkeys(("videollm_mod", "victor", "voco", "visionselector", "quecc", "vistog"), LEARNS),
+    **dict.fromkeys(("videollm_mod", "victor", "voco", "visionselector", "quecc", "prefix", "vistog"), LEARNS),
 }
 
 

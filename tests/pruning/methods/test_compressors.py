@@ -1,5 +1,6 @@
 """VisionSelector, QueCC and text interaction against loops over tokens."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -301,6 +302,13 @@ def test_the_counts_of_the_paper(side, kernel, number):
 def test_a_budget_is_not_exceeded(share, kernel):
     method = QueCC().for_budget(share, 32)
     assert method.kernel == kernel and method.input_share(32) <= share + 1e-4
+
+
+def test_a_compressor_has_one_kernel():
+    made, asked = QueCC(kernel=4), QueCC(kernel=2)
+    candidates = dataclasses.replace(candidates_of(asked, SAMPLES), module=made.module(HIDDEN, 4))
+    with pytest.raises(ValueError, match="kernel=2 does not fit a compressor made for kernel=4"):
+        asked.choose(candidates)
 
 
 def test_the_module_takes_rows_alone():

@@ -179,6 +179,11 @@ class QueCC(PruningMethod):
     def choose(self, candidates: Candidates) -> Selection:
         boundary, hidden = candidates.boundary, candidates.hidden
         assert isinstance(candidates.module, Compressor), "the method's compressor is missing"
+        if candidates.module.kernel != self.kernel:
+            raise ValueError(
+                f"kernel={self.kernel} does not fit a compressor made for kernel={candidates.module.kernel}, which has "
+                "a weight for each token of a region; keep the kernel during a run (pruning.budgets=null)"
+            )
         text_SC = mean_instructions(candidates.instruction, boundary)
         cells, centres = _cells_and_centres(boundary, self.kernel)
         cells_RM, chosen = to_device((cells, centres), hidden.device)
