@@ -7,7 +7,7 @@ author = "the vtprune-train authors"
 copyright = author
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
-exclude_patterns = ["benchmarks/*.json", "methods/*.json"]
+exclude_patterns = ["recipes/estimate.md", "benchmarks/*.json", "methods/*.json"]
 
 html_theme = "furo"
 html_title = "vtprune-train"
