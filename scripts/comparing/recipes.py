@@ -178,7 +178,7 @@ class Options:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of :class:`Options`, the tasks, and where results go."""
     parser.add_argument("--tasks", default=",".join(TASKS), help="tasks to train on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps, of dense if time is equal")
+    parser.add_argument("--steps", type=int, default=250, help="training steps, of dense if time is equal")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of weights and sample order (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each (default: 1)")
     parser.add_argument("--images", type=int, default=300, help="held-out images whose questions are answered")
