@@ -43,8 +43,9 @@ def main() -> int:
     any_budget = arguments.any_budget or [f"pruning.budgets=[{min(budgets):g}, {max(budgets):g}]"]
     options = Options.of(arguments)
     result = curve(tasks_of(arguments.tasks), arguments.method, budgets, any_budget, arguments.overrides, options)
-    write(result, arguments.out, "budget_curve", curve_table(result))
-    curve_plot(result, arguments.out / "budget_curve.png")
+    name = arguments.name or "budget_curve"
+    write(result, arguments.out, name, curve_table(result))
+    curve_plot(result, arguments.out / f"{name}.png")
     return 0
 
 

@@ -50,8 +50,9 @@ def main() -> int:
     }
     result = compare(tasks, rows, arguments.equal, arguments.measured_steps, options)
     result = {"budget": arguments.budget, **result}
-    write(result, arguments.out, "recipes", recipes_table(result))
-    recipes_plot(result, arguments.out / "recipes.png")
+    name = arguments.name or "recipes"
+    write(result, arguments.out, name, recipes_table(result))
+    recipes_plot(result, arguments.out / f"{name}.png")
     return 0
 
 

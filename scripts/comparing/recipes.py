@@ -185,6 +185,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=50, help="evaluation batch size")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="folder for runs and answers")
     parser.add_argument("--out", type=Path, default=Path("docs/methods"), help="output folder for tables and plots")
+    parser.add_argument("--name", help="name of the files (default: that of the result)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
 
 
