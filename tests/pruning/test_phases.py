@@ -116,6 +116,11 @@ def test_the_range_of_budgets_is_what_the_method_reaches():
     METHOD.for_budget(narrowed.low, LAYERS)
     with pytest.raises(ValueError, match=r"budget 0\.15 is out of range for pyramiddrop on 6 layers"):
         Phases(METHOD, varied=Budgets(0.1, 0.15, LAYERS))
+    below = Phases(method_from_settings({"method": "text_interaction"}), varied=Budgets(0.1, 1.0, 32))
+    assert 0.5 < below.varied.high < 0.54, "half of the remaining tokens go before the third layer"
+    assert all(below.of(step).method is not None for step in range(50))
+    with pytest.raises(ValueError, match="the learned parameters of quecc fit one budget only"):
+        Phases(method_from_settings({"method": "quecc"}), varied=Budgets(0.1, 1.0, 32))
 
 
 # ------------------------------------------------------------------------------------------------ curricula
@@ -161,7 +166,11 @@ def test_the_drop_point_moves_to_the_methods_own():
     [
         (METHOD, None, "moves the setting keep, one number, which pyramiddrop does not have"),
         (method_from_settings({"method": "divprune"}), 4, "divprune has no setting layer to move"),
-        (FastV(), 40, "pruning.curriculum.layer=40 does not fit"),
+        (method_from_settings({"method": "visionzip"}), 4, "visionzip has no setting layer that moves its only drop"),
+        (method_from_settings({"method": "text_interaction", "keep": 0.4}), 8, "text_interaction has no setting layer"),
+        (method_from_settings({"method": "plphp"}), None, "pruning.curriculum: delta=0.3"),
+        (method_from_settings({"method": "vistog"}), None, "pruning.curriculum: the learned parameters of vistog"),
+        (FastV(), 40, "pruning.curriculum: layer=40 does not fit"),
     ],
 )
 def test_methods_without_what_a_curriculum_moves(method, layer, words):
@@ -388,6 +397,13 @@ def test_every_step_of_projector_alignment_drops(trained, share):
     said = [line for line in without_effect(config) if line.startswith("pruning.full_token_share has no effect")]
     assert len(said) == (share == 0)
     assert ("0.25 of the steps on full tokens" in describe(config)) == bool(share)
+
+
+def test_the_dry_run_checks_the_tower_at_the_smallest_budget():
+    tome = "pruning={method: tome, keep: 0.8, layers: [11], budgets: [0.1, 1.0]}"
+    with pytest.raises(ConfigError, match="tokens"):
+        describe(load_config("llava_next_pdrop.yaml", [tome, "model.projector=null"]))
+    describe(load_config("llava_next_pdrop.yaml", [tome.replace("0.1,", "0.6,"), "model.projector=null"]))
 
 
 @pytest.mark.parametrize(

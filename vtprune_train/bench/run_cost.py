@@ -4,14 +4,18 @@ hours."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
-from vtprune_train.bench.costs import Cost, Sample, Subject, estimate, segment_of
+from vtprune_train.bench.costs import Cost, Sample, Subject, estimate, segment_of, tower_of
 from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops, stage_layers
 from vtprune_train.core.plan import plan_pass
+from vtprune_train.models.families.base import Lacks
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
+
+TILES, FRAMES = attrgetter("tiles"), attrgetter("frames")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ def run_cost(
         counted = estimate(replace(subject, method=phase.method), sample)
         cost = counted.training_whole if whole else counted.training_decoder
         assert cost is not None
-        return cost.pruned + (0.0 if phase.teacher is None else _forward(subject, phase.teacher.method, sample))
+        if phase.teacher is None:
+            return cost.pruned
+        return cost.pruned + _forward(subject, phase.teacher.method, phase.method, sample, whole)
 
     dense = result.training_whole or result.training_decoder
     step = Cost(dense.dense, phases.mean(of))
@@ -61,17 +67,30 @@ def run_cost(
     return RunCost(step, whole, phases.describe(), hours)
 
 
-def _forward(subject: Subject, method: PruningMethod | None, sample: Sample) -> float:
-    """FLOPs of a forward pass of decoder, head (on the answer) and selector for a batch."""
+def _forward(
+    subject: Subject, method: PruningMethod | None, trained: PruningMethod | None, sample: Sample, whole: bool
+) -> float:
+    """FLOPs of a teacher's forward pass for a batch: decoder, head (on the answer) and selector, and if ``whole`` the
+    tower, where it runs again because one of the methods changes its tokens."""
     decoder = DecoderGeometry.of(subject.config.get_text_config())
     plan = plan_pass([segment_of(sample, sample.answer)], decoder.num_layers, method)
     adapter = decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0
+    tower = tower_of(subject.config)
     cost = TrainingCost(
-        decoder, None, trains_decoder=False, trains_tower=False, trains_projector=False, adapter=adapter
+        decoder,
+        None if isinstance(tower, Lacks) else tower,
+        trains_decoder=False,
+        trains_tower=False,
+        trains_projector=False,
+        adapter=adapter,
     )
     lengths = np.array([[stage.num_tokens for stage in plan.stages]])
     text = cost.forward_text(lengths, stage_layers(plan), np.array([sample.answer]))
-    return sample.batch * float(text[0] + selector_flops(decoder, plan, method))
+    vision = 0.0
+    if whole:
+        tiles, frames = (np.array([value(image) for image in sample.images]) for value in (TILES, FRAMES))
+        vision = float(cost.teacher_vision(tiles, frames, method, trained).sum())
+    return sample.batch * (float(text[0]) + selector_flops(decoder, plan, method) + vision)
 
 
 def render(cost: RunCost) -> list[str]:

@@ -175,6 +175,10 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
         raise ValueError(f"--budget={budget:g} has no effect without a method that drops tokens; set --method")
     if budget == 1:
         return None
+    if fixed := [part.name for part in method.parts if part.one_budget]:
+        raise ValueError(
+            f"--budget={budget:g}: the learned parameters of {fixed[0]} fit the budget that the model was trained for"
+        )
     try:
         return method.for_budget(budget, config.get_text_config().num_hidden_layers)
     except ValueError as error:

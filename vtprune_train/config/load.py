@@ -201,6 +201,10 @@ def _phases_without_effect(config: Config) -> list[str]:
             "pruning.full_token_share has no effect: the decoder is frozen (projector alignment), so every step drops "
             "tokens; also train language_model or lora for steps on all tokens"
         )
+    if (course := pruning.curriculum) is not None and not pruning.consistency_weight:
+        for key in ("teacher", "teacher_growth"):
+            if key in course.model_fields_set:
+                lines.append(f"pruning.curriculum.{key} has no effect: pruning.consistency_weight is 0")
     if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
         lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
     if pruning.consistency_temperature != 1 and not pruning.consistency_weight:

@@ -447,10 +447,12 @@ class TrainingCost:
         tower, projector = self._vision(tiles, frames, method)
         return tower + projector
 
-    def teacher_vision(self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None) -> np.ndarray:
-        """[images] FLOPs of the tower and projector of a teacher pass: a run of their own if ``method`` changes the
-        tower's tokens, otherwise that of the trained pass."""
-        if method is None or method.needs.tower is None:
+    def teacher_vision(
+        self, tiles: np.ndarray, frames: np.ndarray | None, method: PruningMethod | None, trained: PruningMethod | None
+    ) -> np.ndarray:
+        """[images] FLOPs of the tower and projector of a teacher pass: a run of their own if its ``method``, or that of
+        the ``trained`` pass, changes the tower's tokens; otherwise 0, because both passes share one run."""
+        if all(one is None or one.needs.tower is None for one in (method, trained)):
             return np.zeros(len(tiles))
         return self.forward_vision(tiles, frames, method)
 

@@ -67,12 +67,14 @@ class PruningMethod(Settings):
         name: the method's name in logs and errors; by default the name of the class. Methods of the package also have
             this name in YAML, on the command line and in ``config.json``.
         paper: title and arXiv number.
-        where: where the method acts, as shown by ``vtprune methods``: ``before the decoder``, ``between layers``,
-            ``key-value cache`` or ``vision tower``.
+        where: where the method acts, as shown by ``vtprune methods``, for example ``before the decoder``, ``between
+            layers``, ``key-value cache`` or ``vision tower``.
         trains: whether the method can be trained and how, or why not; also shown by ``vtprune methods``.
         drops_after: difference between the layer before which a drop point acts and its entry in the setting ``layers``
             or ``layer``: 0 if tokens are dropped before the layer that is set, 1 if after it. Default drop points are
             moved with it in decoders in which only some layers attend; ``None`` if they cannot be moved one by one.
+        one_budget: whether the shapes of its learned parameters depend on the budget, so that a trained model works at
+            one budget only.
         before: settings added after a release, with the values that reproduce the method's earlier behavior; they apply
             to checkpoints that lack these settings.
     """
@@ -82,6 +84,7 @@ class PruningMethod(Settings):
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
     drops_after: ClassVar[int | None] = 0
+    one_budget: ClassVar[bool] = False
     before: ClassVar[Mapping[str, Any]] = {}
 
     per: Per = dataclasses.field(default="video", kw_only=True, metadata={"description": _PER})

@@ -22,6 +22,8 @@ WarmupKind = Literal["dense", "linear", "cosine"]
 FULL_TOKENS = 0x66756C6C
 BUDGET = 0x62756467
 DRAWN = 200  # steps whose mean stands for a run's
+TRIED = 16  # parts of a range of budgets between which the method is tried
+ALMOST = 0.999  # stands for 1, where no method is needed
 REMEMBERED = 64  # phases kept: the planner, the collator and the metrics ask for the same few steps
 Range = tuple[float, float]
 
@@ -118,25 +120,37 @@ class Budgets:
         tokens, which is an eighth of the budget if the decoder has 8 layers.
 
         Raises:
-            ValueError: the method does not reach ``high``; the message gives the range that it reaches.
+            ValueError: the method reaches no budget of the range, or its learned parameters fit one budget only.
         """
-        self.at(self.high, method)
-        if self._reached(self.low, method):
-            return self
-        low, reached = self.low, self.high if self.high < 1 else 0.999
-        if not self._reached(reached, method):
-            method.for_budget(reached, self.num_layers)  # raises
-        while reached - low > 0.001:
-            middle = (low + reached) / 2
-            low, reached = (low, middle) if self._reached(middle, method) else (middle, reached)
-        return replace(self, low=math.ceil(reached * 1000) / 1000)
+        _check_parameters(method, "pruning.budgets")
+        tried = [self.low * (self.high / self.low) ** (i / TRIED) for i in range(TRIED + 1)]
+        reached = [share for share in tried if self._reached(share, method)]
+        if not reached:
+            self.at(min(self.high, ALMOST), method)  # raises
+        low, high = reached[0], reached[-1]
+        if low > self.low:
+            low = math.ceil(1000 * self._border(low, self.low, method)) / 1000
+        if high < self.high:
+            high = math.floor(1000 * self._border(high, self.high, method)) / 1000
+        return replace(self, low=low, high=high)
+
+    def _border(self, inside: float, outside: float, method: PruningMethod) -> float:
+        """The budget between one that is reached and one that is not, to 0.0005."""
+        while abs(inside - outside) > 0.0005:
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if self._reached(middle, method) else (inside, middle)
+        return inside
 
     def _reached(self, share: float, method: PruningMethod) -> bool:
         try:
-            self.at(share, method)
+            self.at(min(share, ALMOST), method)
         except ValueError:
             return False
         return True
+
+    def ends(self, method: PruningMethod) -> list[PruningMethod | None]:
+        """The method at the smallest and at the largest budget."""
+        return [self.at(self.low, method), self.at(self.high, method)]
 
     def at(self, share: float, method: PruningMethod) -> PruningMethod | None:
         """The method at a budget; ``None`` for all tokens."""
@@ -196,28 +210,34 @@ class Curriculum:
     temperature: float = 1.0
 
     def fitted(self, method: PruningMethod) -> Curriculum:
-        """Check that the method has one keep ratio and, to move it, one drop point.
+        """Check that the method has one keep ratio, which it can have at every step, and, to move it, one drop point.
 
         Raises:
             ValueError: it does not; the message suggests methods.
         """
-        if not isinstance(getattr(method, "keep", None), float):
+        _check_parameters(method, "pruning.curriculum")
+        if not isinstance(getattr(method, "keep", None), float) or len(method.ratios) != 1:
             raise ValueError(
                 f"pruning.curriculum moves the setting keep, one number, which {method.name} does not have; use "
                 "pruning.budgets, or a method such as fastv, dart or random"
             )
-        if self.layer is None:
-            return self
-        if not hasattr(method, "layer"):
-            raise ValueError(
-                f"pruning.curriculum.layer={self.layer}: {method.name} has no setting layer to move; leave it out, or "
-                "use a method such as fastv or dart"
-            )
         try:
-            self.at(method.ratios[0], 0.0, method).drops(self.num_layers)
+            first, last = ([drop.layer for drop in one.drops(self.num_layers)] for one in self.ends(method))
         except ValueError as error:
-            raise ValueError(f"pruning.curriculum.{error}") from error
+            raise ValueError(f"pruning.curriculum: {error}") from error
+        moves = len(first) == len(last) == 1 and first != last
+        if self.layer not in (None, _layer_of(method, self.num_layers)) and not moves:
+            raise ValueError(
+                f"pruning.curriculum.layer={self.layer}: {method.name} has no setting layer that moves its only drop "
+                "point; leave it out, or use a method such as fastv or dart"
+            )
         return self
+
+    def ends(self, method: PruningMethod) -> list[PruningMethod]:
+        """The method at the first step with the most tokens, and after the last step with the fewest."""
+        if self.layer is not None and not hasattr(method, "layer"):
+            raise ValueError(f"{method.name} has no setting layer to move (layer={self.layer}); leave it out")
+        return [self.at(self.start[1], 0.0, method), self.at(self.end[0], 1.0, method)]
 
     def keep_range(self, progress: float) -> Range:
         """Lowest and highest keep ratio at ``progress`` in [0, 1]."""
@@ -261,9 +281,17 @@ class Curriculum:
         return min(1.0, step / self.total_steps)
 
 
+def _check_parameters(method: PruningMethod, place: str) -> None:
+    if fixed := [part.name for part in method.parts if part.one_budget]:
+        raise ValueError(
+            f"{place}: the learned parameters of {fixed[0]} fit one budget only; use another method, for example "
+            "pyramiddrop or divprune"
+        )
+
+
 def _layer_of(method: PruningMethod, num_layers: int) -> int:
     """The setting ``layer`` of a method, or the layer that its default means in this decoder."""
-    layer: int | None = getattr(method, "layer")  # noqa: B009
+    layer: int | None = getattr(method, "layer", None)
     if layer is not None:
         return layer
     return method.drops(num_layers)[0].layer - (method.drops_after or 0)
@@ -325,11 +353,18 @@ class Phases:
         changes = self.warmup is not None or self.varied is not None or self.full.share > 0
         return self.method is not None and changes
 
+    def ends(self) -> list[PruningMethod | None]:
+        """The method as configured, and with the most and the fewest tokens that steps draw."""
+        drawn = [] if self.varied is None or self.method is None else self.varied.ends(self.method)
+        return [self.method, *drawn]
+
     def densest(self, first: int, end: int) -> int:
         """The step in [first, end) that keeps the most tokens: a full-token step if there is one; otherwise the first
         one (in a warm-up, later steps drop more), or the one that draws the most."""
         steps, varied = range(first, end), self.varied
-        if (full := next((step for step in steps if self.of(step).full_tokens), None)) is not None:
+        dense = 0 if self.warmup is None or self.warmup.kind != "dense" else self.warmup.steps
+        full = next((step for step in steps if step >= dense and self.full.chosen(self.seed, step)), None)
+        if full is not None:
             return full
         return first if varied is None else max(steps, key=lambda step: varied.drawn(self.seed, step), default=first)
 

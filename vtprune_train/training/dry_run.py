@@ -36,7 +36,7 @@ from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.layout import LONG_VIDEO, SHORT_VIDEO, build_layout
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines, template_of
-from vtprune_train.training.loop.settings import with_saved_settings
+from vtprune_train.training.loop.settings import check_phases, with_saved_settings
 from vtprune_train.training.loop.trackers import check_trackers
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
 from vtprune_train.training.schedules import check_schedule
@@ -92,6 +92,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
             family.warn_without_videos(method, num_layers)
     except ValueError as error:
         raise ConfigError(pruning_refusal(error)) from error
+    check_phases(config, model_config)
     if method is not None:
         attach(model, method)
     cost = training_cost(config, model_config)
@@ -225,7 +226,7 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
     flops = cost.sample(*pruned, np.array(tiles), supervised, method=phase.method)[0]
     if phase.teacher is not None:
         flops += cost.forward_text(*lengths(phase.teacher.drops(num_layers)), supervised)[0]
-        flops += cost.teacher_vision(np.array(tiles), None, phase.teacher.method).sum()
+        flops += cost.teacher_vision(np.array(tiles), None, phase.teacher.method, phase.method).sum()
     return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 

@@ -7,6 +7,7 @@ from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.families import family_inputs, family_model, images_repeated
+from tests.support.family_runs import Setup
 from tests.support.helpers import tiny_config, tiny_model
 from tests.support.phases import make_parts  # noqa: F401
 from tests.support.slow_tower import slow_tome, slow_vistog
@@ -19,7 +20,7 @@ from vtprune_train.models.forward.encoder import reading
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.methods.downsample import smaller_patches
 from vtprune_train.pruning.methods.tome import Merging
-from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
+from vtprune_train.pruning.phases import Budgets, FullTokens, Phases, Warmup
 from vtprune_train.pruning.tower import one_per_group
 
 METHODS = [ToMe(keep=0.5), ToMe(keep=0.6, layers=(-1,), proportional=False), Downsample(keep=0.5), VisToG(keep=0.4)]
@@ -189,6 +190,39 @@ def test_packed_steps_are_padded_ones(parts, method, trained):
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "llava_onevision"])
+def test_packed_steps_of_families_follow_the_step_s_method(tmp_path, name):
+    """Dropping as padded rows do, all tokens as a dense run does, and a smaller budget with its own tower. OneVision
+    computes features with the family's code, which reads the tower of a padded call itself."""
+    setup = Setup(name, tmp_path)
+    parts, method = setup.parts(), ToMe(keep=0.5)
+    model = prune(parts.model.double(), method).train()
+    samples = [0, 1, 2]
+
+    def rows(phases):
+        collate = setup.collator(parts, method)
+        collate.phases = phases
+        output = model(collate(samples, step=0))
+        return output.row_loss.detach(), output
+
+    def alone(one):
+        """Of the model with this method alone."""
+        prune(unprune(model), one)
+        result, _ = rows(Phases(one))
+        prune(unprune(model), method)
+        return result
+
+    whole, dropped = alone(None), rows(Phases(method))[0]
+    assert not torch.allclose(whole, dropped, rtol=1e-3)
+    full, output = rows(Phases(method, full=FullTokens(1.0, 1.0)))
+    assert torch.allclose(full, whole) and output.consistency > 0
+    varied = Phases(method, varied=Budgets(0.6, 0.7, 6, weight=1.0))
+    phase = varied.of(0)
+    smaller, output = rows(varied)
+    assert torch.allclose(smaller, alone(phase.method)) and output.consistency >= 0
+
+
 @EACH
 def test_full_token_steps_have_the_dense_tower(parts, method):
     """And their teacher has the changed one."""
@@ -272,7 +306,9 @@ def test_attention_without_bias_is_refused():
 
 def test_videos_are_refused():
     model = prune(family_model("llava_onevision"), ToMe())
-    with pytest.raises(ValueError, match="tome changes the vision tower's tokens, which is not available for videos"):
+    with pytest.raises(
+        ValueError, match="tome needs to change the vision tower's tokens, which is not available for videos"
+    ):
         model.model.get_video_features(torch.zeros(1, 2, 3, 28, 28))
 
 

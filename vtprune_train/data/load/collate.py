@@ -188,7 +188,7 @@ class Collator:
             lengths = np.array([stage.segment_lengths for stage in teacher.plan.stages]).T
             other += float(self.cost.forward_text(lengths, flops.stage_layers(teacher.plan), supervised).sum())
             other += flops.selector_flops(self.cost.decoder, teacher.plan, phase.teacher.method)
-            other += float(self.cost.teacher_vision(tiles, frames, phase.teacher.method).sum())
+            other += float(self.cost.teacher_vision(tiles, frames, phase.teacher.method, phase.method).sum())
         full = np.array(plan.stages[0].segment_lengths)[:, None]
         dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + dense_vision
         visual = sum(span.length for segment in segments for span in segment.spans)

@@ -121,7 +121,8 @@ class StepCosts:
             drops, per = phase.teacher.drops(num_layers), phase.teacher.per
             taught = stage_lengths(measured.text, *spans, drops, measured.span_frames, per)
             costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
-            seen = self.cost.teacher_vision(measured.span_tiles, measured.span_frames, phase.teacher.method)
+            methods = phase.teacher.method, phase.method
+            seen = self.cost.teacher_vision(measured.span_tiles, measured.span_frames, *methods)
             costs = costs + np.bincount(measured.span_sample, weights=seen, minlength=len(costs))
         return lengths[:, 0], costs
 

@@ -90,7 +90,8 @@ class _InProgress(threading.local):
     so always ``None`` in custom loops. ``shared``: equal prompts whose prefill is still to run; ``repeats``: during
     that prefill, the prompt of each row of ``generate``. ``pixels``: for a reference model that is still to choose, the
     inputs of the vision tower, which ``generate`` does not pass on; ``selections``: what it chose for the prefill that
-    is still to run; ``tower``: how the vision tower's tokens change in the run in progress."""
+    is still to run; ``tower``: how the vision tower's tokens change in the run in progress; ``packed``: whether the
+    images of a packed batch are encoded, which reads the tower itself."""
 
     call: Call | None = None
     prompt_width: int | None = None
@@ -100,6 +101,7 @@ class _InProgress(threading.local):
     pixels: dict[str, Any] | None = None
     selections: tuple[Selection, ...] | None = None
     tower: Any = None
+    packed: bool = False
 
     def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
         """Record the start of a forward pass."""

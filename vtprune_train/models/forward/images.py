@@ -38,6 +38,8 @@ class _Seen:
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
     """Compute image features with the family's code, and record the token count, grid and vision-tower signals of each
     image in the current call."""
+    if state.running.packed:
+        return original(*args, **kwargs)
     inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
     with reading(self, state, state.method) as read:
@@ -51,7 +53,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         if [len(index) for index, _ in shown] != lengths:
             raise ValueError(
                 f"images have {lengths} visual tokens, but the config implies {[len(index) for index, _ in shown]}, so "
-                f"{state.method.needs.from_tower} cannot be assigned to tokens; do not pass "
+                f"{state.method.name} cannot assign what it needs from the vision tower to tokens; do not pass "
                 "vision_feature_select_strategy or vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
@@ -71,7 +73,7 @@ def get_video_features(self: HFModule, original: Callable[..., Any], state: Stat
     call.
 
     Raises:
-        ValueError: the method reads the vision tower's attention or output.
+        ValueError: the method reads or changes the vision tower.
     """
     if state.method is not None and (needed := state.method.needs.from_tower):
         raise ValueError(

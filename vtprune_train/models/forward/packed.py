@@ -8,7 +8,8 @@ Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ def _embedded(
     self: HFModule, state: State, batch: PackedBatch, text_TC: Tensor, method: PruningMethod | None
 ) -> _Embedded:
     """Run the tower for ``method`` and insert visual features into the text's embeddings."""
-    with reading(self, state, method) as read, record_function(TOWER):
+    with reading(self, state, method) as read, record_function(TOWER), _packed(state):
         tables = _feature_tables(self, state, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
     if len(batch.visual_rows):
@@ -107,6 +108,17 @@ def _embedded(
     # Ranks without images must still produce (zero) gradients for tower, projector and newline.
     zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
     return _Embedded(text_TC + torch.stack(zeros).sum(), encoder, ())
+
+
+@contextmanager
+def _packed(state: State) -> Iterator[None]:
+    """Context manager in which ``get_image_features`` is the family's own: the tower is read here, with the method of
+    this step."""
+    state.running.packed = True
+    try:
+        yield
+    finally:
+        state.running.packed = False
 
 
 def _tower_method(state: State, plan: StreamPlan) -> PruningMethod | None:

@@ -106,7 +106,7 @@ class Change:
         tile = torch.div(patch, patches, rounding_mode="floor")
         group = self.groups.flatten().index_select(0, patch) + tile * self.merged
         none = torch.zeros(0, len(index), device=index.device)
-        return EncoderSignals(none, none.T, torch.where(shows, tile, -1), torch.where(shows, group, -1))
+        return EncoderSignals(none, none.T, torch.where(shows, tile, -1), group=torch.where(shows, group, -1))
 
 
 @contextmanager
@@ -175,7 +175,8 @@ def forward_encoder(self: HFModule, original: Callable[..., Any], state: State, 
     for index, layer in enumerate(self.layers):
         function: Callable[..., tuple[Tensor, ...]] | None = None
         if index < tower.depth and tokens.hidden.shape[1] - tower.class_tokens > change.remaining[index]:
-            function = partial(_merging_layer, change=change, count=change.remaining[index], inputs=inputs)
+            last = index == tower.depth - 1
+            function = partial(_merging_layer, change=change, count=change.remaining[index], last=last, inputs=inputs)
         elif index == tower.depth - 1:
             function = partial(_last_layer, change=change, inputs=inputs)
         if function is None:
@@ -198,13 +199,23 @@ def _last_layer(
 
 
 def _merging_layer(
-    layer: HFModule, hidden: Tensor, sizes: Tensor, groups: Tensor, change: Change, count: int, inputs: dict[str, Any]
+    layer: HFModule,
+    hidden: Tensor,
+    sizes: Tensor,
+    groups: Tensor,
+    change: Change,
+    count: int,
+    last: bool,
+    inputs: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    """A layer that merges tokens between attention and MLP, recomputed in the backward pass like others."""
+    """A layer that merges tokens between attention and MLP, recomputed in the backward pass like others; ``last``: the
+    features are its output."""
     run = partial(_attend_merge, layer, change=change, count=count, inputs=inputs)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return layer._gradient_checkpointing_func(run, hidden, sizes, groups)  # type: ignore[no-any-return]
-    return run(hidden, sizes, groups)
+        tokens = layer._gradient_checkpointing_func(run, hidden, sizes, groups)
+    else:
+        tokens = run(hidden, sizes, groups)
+    return change.change.finish(Merged(*tokens), change.tower, change.module) if last else tokens
 
 
 def _attend_merge(

@@ -64,10 +64,10 @@ class DART(PruningMethod):
         for span, segment, visual, key_rows in _images(boundary):
             asked = slice(segment.query_start, segment.query_end)
             asking = _largest(norms_T.index_select(0, boundary.query_rows[asked]), self.text_pivots)
-            own = _largest(norms_T.index_select(0, key_rows), min(self.image_pivots, span.after))
+            pivots = _largest(norms_T.index_select(0, key_rows), min(self.image_pivots, span.after))
             hidden_NC = hidden_VC[visual]
-            pivots_PC = torch.cat([hidden_NC.index_select(0, own), instruction_QC[asked].index_select(0, asking)])
-            chosen.append(visual.start + least_duplicated(pivots_PC @ hidden_NC.T, own, span.after))
+            pivots_PC = torch.cat([hidden_NC.index_select(0, pivots), instruction_QC[asked].index_select(0, asking)])
+            chosen.append(visual.start + least_duplicated(pivots_PC @ hidden_NC.T, pivots, span.after))
         return Selection(torch.cat(chosen))
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:

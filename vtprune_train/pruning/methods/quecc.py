@@ -157,6 +157,7 @@ class QueCC(PruningMethod):
     name = "quecc"
     paper = "Inference Optimal VLMs Need Only One Visual Token but Larger Models (arXiv 2411.03312)"
     where = "before the decoder"
+    one_budget = True
     trains = "yes, required: the compressor is learned"
 
     def __post_init__(self) -> None:

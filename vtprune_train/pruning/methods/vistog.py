@@ -36,6 +36,7 @@ class VisToG(MergedInTower):
 
     name = "vistog"
     paper = "Efficient Multi-modal Large Language Models via Visual Token Grouping (arXiv 2411.17773)"
+    one_budget = True
     trains = "must be trained: it learns group tokens and their assignment"
 
     @property
@@ -82,25 +83,30 @@ class Grouping(TowerChange):
     def start(self, hidden: Tensor, tower: TowerGeometry, module: nn.Module | None) -> Merged:
         tokens = super().start(hidden, tower, module)
         assert isinstance(module, Groups), "the method's module is missing"
+        if module.number != self.merged(tower):
+            raise ValueError(
+                f"vistog: keep={self.keep:g} needs {self.merged(tower)} group tokens, but the model was trained with "
+                f"{module.number}; use the same keep ratio"
+            )
         groups = module.tokens(hidden[:, 0]).unflatten(0, (len(hidden), -1)).to(hidden.dtype)
         sizes = torch.cat([tokens.sizes, tokens.sizes.new_ones(groups.shape[:2])], dim=1)
         return tokens._replace(hidden=torch.cat([hidden, groups], dim=1), sizes=sizes)
 
     def bias(self, tokens: Merged, tower: TowerGeometry) -> Tensor | None:
         """Isolated attention: class tokens and patches do not see group tokens."""
-        own, length = tower.class_tokens + tower.patches, tokens.hidden.shape[1]
-        if length < own:
+        first_group, length = tower.class_tokens + tower.patches, tokens.hidden.shape[1]
+        if length < first_group:
             return None  # after the groups have replaced the patches
         index = torch.arange(length, device=tokens.hidden.device)
-        hidden = (index[:, None] < own) & (index >= own)
+        hidden = (index[:, None] < first_group) & (index >= first_group)
         return torch.zeros(length, length, device=index.device, dtype=tokens.hidden.dtype).masked_fill(
             hidden, -torch.inf
         )[None, None]
 
     def finish(self, tokens: Merged, tower: TowerGeometry, module: nn.Module | None) -> Merged:
-        first, own = tower.class_tokens, tower.class_tokens + tower.patches
+        first, first_group = tower.class_tokens, tower.class_tokens + tower.patches
         assert isinstance(module, Groups), "the method's module is missing"
-        groups, assigned = module.assign(tokens.hidden[:, own:], tokens.hidden[:, first:own])
+        groups, assigned = module.assign(tokens.hidden[:, first_group:], tokens.hidden[:, first:first_group])
         sizes = tokens.sizes[:, : first + groups.shape[1]]
         return Merged(torch.cat([tokens.hidden[:, :first], groups], dim=1), sizes, assigned + first)
 

@@ -42,7 +42,7 @@ from vtprune_train.training.loop.callbacks.build import build_callbacks, callbac
 from vtprune_train.training.loop.data import build_collator, build_planner
 from vtprune_train.training.loop.parts import Parts, build_parts, training_cost
 from vtprune_train.training.loop.sample import first_sample
-from vtprune_train.training.loop.settings import with_saved_settings
+from vtprune_train.training.loop.settings import check_phases, with_saved_settings
 from vtprune_train.training.loop.trackers import Trackers, check_trackers
 from vtprune_train.training.loop.trainer import Trainer
 from vtprune_train.training.optimizer import parameter_groups
@@ -82,6 +82,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     config.pruning.fit(parts.model.config.get_text_config())
+    check_phases(config, parts.model.config)
     method = config.pruning.build()
     if method is not None and ranks.rank() == 0:
         log.info("pruning by %s", schedule(method, parts.model.config.get_text_config().num_hidden_layers))

@@ -6,12 +6,14 @@ import logging
 from typing import Any
 
 from pydantic import ValidationError
+from transformers import PreTrainedConfig
 
-from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.errors import ConfigError, pruning_refusal
 from vtprune_train.config.pruning import TRAINING_ONLY, PruningConfig
 from vtprune_train.config.settings import Config
 from vtprune_train.models.families import register_family
-from vtprune_train.models.io.build import resolve_checkpoint, saved_pruning
+from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.io.build import family_of_config, resolve_checkpoint, saved_pruning
 from vtprune_train.pruning.learned import learns
 from vtprune_train.training import distributed as ranks
 
@@ -52,6 +54,22 @@ def with_pruning_rate(config: Config) -> Config:
         )
     model = config.model.model_copy(update={"train": {**train, "pruning": train["projector"]}})
     return config.model_copy(update={"model": model})
+
+
+def check_phases(config: Config, model_config: PreTrainedConfig) -> None:
+    """Check that the method fits the model with everything that steps draw (``pruning.budgets``,
+    ``pruning.curriculum``), and not only as configured.
+
+    Raises:
+        ConfigError: it does not; the message names the setting.
+    """
+    family, _ = family_of_config(model_config)
+    try:
+        for method in config.phases(1, model_config.get_text_config().num_hidden_layers).ends():
+            if method is not None:
+                check_tower(model_config, family, method)
+    except ValueError as error:
+        raise ConfigError(pruning_refusal(error)) from error
 
 
 def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> PruningConfig:

@@ -95,11 +95,10 @@ def log_start(trainer: Trainer) -> None:
     if phases is not None and phases.vary:
         log.info("pruning during training: %s", phases.describe())
         budgets, varied = config.pruning.budgets, phases.varied
-        if budgets is not None and isinstance(varied, Budgets) and varied.low > budgets[0]:
+        if budgets is not None and isinstance(varied, Budgets) and (varied.low, varied.high) != budgets:
             log.warning(
-                "pruning.budgets begins at %g, but with %d layers %s cannot keep less than %g; smaller budgets are not "
-                "trained",
-                budgets[0], varied.num_layers, config.pruning.method, varied.low,
+                "pruning.budgets=%s, but with %d layers %s reaches only %g to %g; other budgets are not trained",
+                list(budgets), varied.num_layers, config.pruning.method, varied.low, varied.high,
             )  # fmt: skip
         if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
             log.warning(
