@@ -321,7 +321,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
         (["--data", "/nowhere.json"], "--data /nowhere.json does not exist"),
         (["--images", "/nowhere"], "--images /nowhere is not a folder"),
         (["--model", "/nowhere"], "no such folder here"),
-        (["--method", "tome"], "method='tome' is unknown"),
+        (["--method", "sparsity"], "method='sparsity' is unknown"),
         (["--layers", "2,8"], "layer 8 does not exist in a decoder of 6 layers"),
         (["--compare", "dense", "--method", "none"], "--compare dense: the model already runs dense"),
         (["--limit", "0"], "--limit=0"),

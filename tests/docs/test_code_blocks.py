@@ -109,7 +109,7 @@ def test_commands_parse(words, parsed, monkeypatch, tmp_path):
         assert re.search(rf"^{rest[0]}:", MAKEFILE, re.MULTILINE), f"no target {rest[0]}"
     elif program == "python" or program.startswith("scripts/"):
         script, *options = words if program.startswith("scripts/") else rest
-        source = (ROOT / script).read_text()
+        source = with_packages((ROOT / script).read_text())
         for option in options:
             if option.startswith("--") and script.endswith(".py"):
                 assert f'"{option.partition("=")[0]}"' in source, f"{script} has no {option}"
@@ -117,6 +117,13 @@ def test_commands_parse(words, parsed, monkeypatch, tmp_path):
         assert all((ROOT / word).is_file() for word in rest if word.endswith(".txt"))
     else:
         assert program in SHELL, f"{program}: a program that no test knows"
+
+
+def with_packages(source):
+    """The text of a script, and of the packages beside it that it imports, which may add options."""
+    names = dict.fromkeys(re.findall(r"^from (\w+)\.", source, re.MULTILINE))
+    folders = [ROOT / "scripts" / name for name in names if (ROOT / "scripts" / name).is_dir()]
+    return source + "".join(file.read_text() for folder in folders for file in sorted(folder.glob("*.py")))
 
 
 def yaml_blocks():

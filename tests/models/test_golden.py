@@ -151,7 +151,10 @@ def test_a_deviation_that_no_page_states_fails(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "encoder"}, "kind 'encoder' is not one of decoder, contract, tower, merge, merging, consistency"),
+        (
+            {"kind": "encoder"},
+            "kind 'encoder' is not one of decoder, contract, clip, tower, merge, merging, consistency",
+        ),
         ({"format": "vtprune-golden-9"}, "format 'vtprune-golden-9' is neither"),
         ({"settings": {"tokns": 2}}, "method and settings:"),
         ({"method": "vocoo"}, "method and settings:"),
