@@ -278,7 +278,7 @@ def test_dtype(folder):
         (["--model", "nowhere/model"], "model nowhere/model: no such folder here"),
         (["--image", "/nowhere.png"], "image /nowhere.png cannot be read"),
         (["--image", __file__], "cannot be read (not an image that Pillow can read"),
-        (["--method", "zip"], "method='zip' is unknown; known methods: pyramiddrop"),
+        (["--method", "abc"], "method='abc' is unknown; known methods: pyramiddrop"),
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),
         (["--method", "none", "--keep", "0.5"], "--keep has no effect with --method none"),
