@@ -161,6 +161,12 @@ def test_the_drop_point_moves_to_the_methods_own():
     assert default.of(100).method.drops(32) == FastV(keep=default.of(100).method.keep).drops(32)
 
 
+def test_a_curriculum_of_a_method_that_only_removes_keys():
+    method = method_from_settings({"method": "plphp", "delta": 0.05})
+    phases = Phases(method, varied=Curriculum((0.9, 0.9), (0.3, 0.7), 100, 32))
+    assert phases.of(0).method.keep == 0.9
+
+
 @pytest.mark.parametrize(
     ("method", "layer", "words"),
     [

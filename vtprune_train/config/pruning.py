@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from vtprune_train.config.section import Section
 from vtprune_train.core.rounding import ceil_of
 
-ShareOrAll = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class WarmupConfig(Section):
@@ -38,12 +38,8 @@ class CurriculumConfig(Section):
     """Keep ratios that decrease over the whole run, as in EPIC: each step draws one from a range that moves from
     `start` to `end`. For methods with one setting `keep`. The method's own `keep` is used after training."""
 
-    start: tuple[ShareOrAll, ShareOrAll] = Field(
-        (0.9, 0.9), description="Lowest and highest keep ratio at the first step."
-    )
-    end: tuple[ShareOrAll, ShareOrAll] = Field(
-        (0.26, 0.74), description="Lowest and highest keep ratio after the last step."
-    )
+    start: tuple[Share, Share] = Field((0.9, 0.9), description="Lowest and highest keep ratio at the first step.")
+    end: tuple[Share, Share] = Field((0.26, 0.74), description="Lowest and highest keep ratio after the last step.")
     teacher: tuple[float, float] = Field(
         (0.1, 0.3),
         description="How much more than the model its teacher keeps, at the first step and at most. Needs "
@@ -94,7 +90,7 @@ class PruningConfig(Section):
         description="Share of the steps that run on all tokens, so that the model stays accurate without dropping. No "
         "effect while the decoder is frozen.",
     )
-    budgets: tuple[ShareOrAll, ShareOrAll] | None = Field(
+    budgets: tuple[Share, Share] | None = Field(
         None,
         description="Train one model for all budgets in this range, for example [0.1, 1.0]: each step draws its own, "
         "log-uniformly. A budget is the mean share of visual tokens that enter a layer. null: the method as it is.",

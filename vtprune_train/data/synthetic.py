@@ -76,18 +76,44 @@ def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, s
 
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write ``train.json``, ``eval.json`` and ``images/*.png``, unless the folder already has the same data set."""
+
+    def record(rng: random.Random, split: str, file: Path) -> dict[str, Any]:
+        image, truth = draw_image(rng)
+        image.save(file.with_suffix(".png"))
+        return {"image": f"{file.name}.png", "conversations": _conversation(rng, truth)}
+
+    write_records(folder, "images", record, num_train=num_train, num_eval=num_eval, seed=seed)
+
+
+def write_records(
+    folder: Path,
+    media: str,
+    record: Callable[[random.Random, str, Path], dict[str, Any]],
+    *,
+    num_train: int,
+    num_eval: int,
+    seed: int,
+) -> None:
+    """Write the records of a synthetic data set, unless the folder already has the same data set.
+
+    Args:
+        folder: folder of the data set.
+        media: its subfolder for images or videos.
+        record: writes the image or video of a record and returns the record without its id, from the random numbers to
+            use, the split (``train`` or ``eval``), and the path of the file without its suffix.
+        num_train, num_eval: numbers of records.
+        seed: of all random numbers.
+    """
     stamp = folder / "made.json"
     made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
     if stamp.is_file() and stamp.read_text(errors="replace") == json.dumps(made):
         return
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / media).mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for split, count in (("train", num_train), ("eval", num_eval)):
-        records = []
-        for number in range(count):
-            image, truth = draw_image(rng)
-            name = f"{split}-{number:05d}.png"
-            image.save(folder / "images" / name)
-            records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})
+        records = [
+            {"id": f"{split}-{number}", **record(rng, split, folder / media / f"{split}-{number:05d}")}
+            for number in range(count)
+        ]
         (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
     replace_synced(stamp, json.dumps(made).encode())

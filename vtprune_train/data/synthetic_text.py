@@ -7,7 +7,6 @@ few matter much.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vtprune_train.data.synthetic import COLOURS
-from vtprune_train.files.disk import replace_synced
+from vtprune_train.data.synthetic import COLOURS, write_records
 
 PATCH = 14  # side of the vision tower's patches in pixels
 SIGN = (2 * PATCH, PATCH)  # width and height in pixels
@@ -95,19 +93,10 @@ def conversation(rng: random.Random, truth: dict[str, str], topics: Sequence[str
 
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write ``train.json``, ``eval.json`` and ``images/*.png``, unless the folder already has the same data set."""
-    stamp = folder / "made.json"
-    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
-    if stamp.is_file() and stamp.read_text(errors="replace") == json.dumps(made):
-        return
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    for split, count, topics in (("train", num_train, list(QUESTIONS)), ("eval", num_eval, READING)):
-        records = []
-        for number in range(count):
-            page, name = random_page(rng), f"{split}-{number:05d}.png"
-            draw_page(page).save(folder / "images" / name)
-            records.append(
-                {"id": f"{split}-{number}", "image": name, "conversations": conversation(rng, page.truth, topics)}
-            )
-        (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
-    replace_synced(stamp, json.dumps(made).encode())
+
+    def record(rng: random.Random, split: str, file: Path) -> dict[str, Any]:
+        page, topics = random_page(rng), list(QUESTIONS) if split == "train" else READING
+        draw_page(page).save(file.with_suffix(".png"))
+        return {"image": f"{file.name}.png", "conversations": conversation(rng, page.truth, topics)}
+
+    write_records(folder, "images", record, num_train=num_train, num_eval=num_eval, seed=seed)

@@ -6,7 +6,6 @@ video in reverse, which has a different answer, so the frames without their orde
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,8 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vtprune_train.data.synthetic import COLOURS, SHAPES
-from vtprune_train.files.disk import replace_synced
+from vtprune_train.data.synthetic import COLOURS, SHAPES, write_records
 
 FRAMES, SIDE, FPS = 6, 56, 3  # of each video; side in pixels
 RADIUS = (8.0, 10.0)  # of a shape, in pixels
@@ -139,19 +137,12 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write ``train.json``, ``eval.json`` and ``videos/*.mp4``, unless the folder already has the same data set."""
-    stamp = folder / "made.json"
-    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
-    if stamp.is_file() and stamp.read_text(errors="replace") == json.dumps(made):
-        return
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    for split, count in (("train", num_train), ("eval", num_eval)):
-        records = []
-        for number in range(count):
-            scene, name = draw_scene(rng), f"{split}-{number:05d}.mp4"
-            write_video(folder / "videos" / name, draw_frames(scene, rng.randint(100, 135)))
-            turns = [("human", f"<video>\n{scene.question}"), ("gpt", scene.answer)]
-            conversation = [{"from": role, "value": text} for role, text in turns]
-            records.append({"id": f"{split}-{number}", "video": name, "conversations": conversation})
-        (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
-    replace_synced(stamp, json.dumps(made).encode())
+
+    def record(rng: random.Random, split: str, file: Path) -> dict[str, Any]:
+        scene = draw_scene(rng)
+        write_video(file.with_suffix(".mp4"), draw_frames(scene, rng.randint(100, 135)))
+        turns = [("human", f"<video>\n{scene.question}"), ("gpt", scene.answer)]
+        conversation = [{"from": role, "value": text} for role, text in turns]
+        return {"video": f"{file.name}.mp4", "conversations": conversation}
+
+    write_records(folder, "videos", record, num_train=num_train, num_eval=num_eval, seed=seed)

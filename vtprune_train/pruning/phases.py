@@ -225,8 +225,8 @@ class Curriculum:
             first, last = ([drop.layer for drop in one.drops(self.num_layers)] for one in self.ends(method))
         except ValueError as error:
             raise ValueError(f"pruning.curriculum: {error}") from error
-        moves = len(first) == len(last) == 1 and first != last
-        if self.layer not in (None, _layer_of(method, self.num_layers)) and not moves:
+        moves = len(first) == len(last) == 1 and (first != last or self.layer == _layer_of(method, self.num_layers))
+        if self.layer is not None and not moves:
             raise ValueError(
                 f"pruning.curriculum.layer={self.layer}: {method.name} has no setting layer that moves its only drop "
                 "point; leave it out, or use a method such as fastv or dart"

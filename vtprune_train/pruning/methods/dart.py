@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune_train.core.stream import Boundary, Drop, ScoredSegment, SpanLayout
+from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.needs import Needs, Positions, RankWith
+from vtprune_train.pruning.ops.scoring import images_at
 from vtprune_train.pruning.schedules.stages import check_layer, scaled_layers
 from vtprune_train.pruning.setting_types import Share
 
@@ -61,7 +60,7 @@ class DART(PruningMethod):
         norms_T = ranking.keys.float().abs().sum(dim=(1, 2))
         hidden_VC, instruction_QC = (unit(part) for part in (candidates.hidden, candidates.instruction))
         chosen = [boundary.span_of_visual[:0]]
-        for span, segment, visual, key_rows in _images(boundary):
+        for span, segment, visual, key_rows in images_at(boundary):
             asked = slice(segment.query_start, segment.query_end)
             asking = _largest(norms_T.index_select(0, boundary.query_rows[asked]), self.text_pivots)
             pivots = _largest(norms_T.index_select(0, key_rows), min(self.image_pivots, span.after))
@@ -109,17 +108,3 @@ def least_duplicated(similarity_PN: Tensor, pivots: Tensor, count: int) -> Tenso
 def _largest(norms: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest norms (all, if there are fewer), by descending norm; ties go to the earlier."""
     return torch.sort(norms, descending=True, stable=True).indices[:count]
-
-
-def _images(boundary: Boundary) -> Iterator[tuple[SpanLayout, ScoredSegment, slice, Tensor]]:
-    """Yield, for each image, its span, its segment, its candidates, and the rows of their keys."""
-    segments, scored_start, start = iter(boundary.segments), 0, 0
-    segment, previous = None, None
-    for span in boundary.spans:
-        if span.segment != previous:
-            scored_start += 0 if segment is None else segment.end - segment.start
-            segment, previous = next(segments), span.segment
-        assert segment is not None
-        visual = slice(start, start + span.before)
-        yield span, segment, visual, boundary.visual_in_scored[visual] - scored_start + segment.start
-        start += span.before

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from vtprune_train.core.stream import Boundary
+from vtprune_train.core.stream import Boundary, ScoredSegment, SpanLayout
 from vtprune_train.pruning.candidates import Ranking
 
 
@@ -84,6 +84,20 @@ def tokens_holding(scores_V: Tensor, share: float) -> Tensor:
     return (mass < share * mass[-1:]).sum().add(1).clamp(max=len(scores_V))
 
 
+def images_at(boundary: Boundary) -> Iterator[tuple[SpanLayout, ScoredSegment, slice, Tensor]]:
+    """Yield, for each image, its span, its segment, its candidates, and [n] int64, the rows of their keys."""
+    segments, scored_start, start = iter(boundary.segments), 0, 0
+    segment, previous = None, None
+    for span in boundary.spans:
+        if span.segment != previous:
+            scored_start += 0 if segment is None else segment.end - segment.start
+            segment, previous = next(segments), span.segment
+        assert segment is not None
+        visual = slice(start, start + span.before)
+        yield span, segment, visual, boundary.visual_in_scored[visual] - scored_start + segment.start
+        start += span.before
+
+
 def visual_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
     """Attention that each visual token receives from its segment's query rows when they attend to its image alone,
     averaged over heads, then rows.
@@ -94,21 +108,13 @@ def visual_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tenso
     Arguments and return value as in :func:`mean_query_attention`; query rows before an image do not contribute.
     """
     num_heads, scaled, keys_GDT = _by_group(ranking)
-    scores, start, scored_end = [torch.zeros(0, device=keys_GDT.device)], 0, 0
-    segments = iter(boundary.segments)
-    segment, previous = None, None
-    for span in boundary.spans:
-        if span.segment != previous:
-            scored_end += 0 if segment is None else segment.end - segment.start
-            segment, previous = next(segments), span.segment
-        assert segment is not None
+    scores = [torch.zeros(0, device=keys_GDT.device)]
+    for span, segment, _, rows in images_at(boundary):
         queries = slice(segment.query_start, segment.query_end)
-        rows = boundary.visual_in_scored[start : start + span.before] - scored_end + segment.start  # [n]
         keys_GDn = keys_GDT.index_select(2, rows)
         logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDn)  # [G, H / G * q, n], of which n may be 0
         logits = logits.view(num_heads, segment.query_end - segment.query_start, span.before)
         seen = rows[None, :] <= boundary.query_rows[queries, None]  # the row sees the whole image or none of it
         weights = logits.softmax(dim=-1, dtype=torch.float32).masked_fill(~seen, 0.0)
         scores.append(weights.mean(dim=(0, 1)))
-        start += span.before
     return torch.cat(scores)
