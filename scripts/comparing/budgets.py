@@ -8,7 +8,7 @@ from typing import Any
 
 from comparing.recipes import Options, answers, estimate
 from comparing.report import axes_of, number, percent, save
-from vtprune_train.bench.runs import Asked, Run, as_overrides
+from vtprune_train.bench.runs import Asked, Cells, Run, as_overrides
 from vtprune_train.bench.tasks import Task
 from vtprune_train.pruning import PruningMethod, method_class
 from vtprune_train.pruning.learned import learns
@@ -25,6 +25,10 @@ def at(method: str, budget: float, num_layers: int) -> PruningMethod | None:
         ValueError: the method cannot reach it.
     """
     return None if budget >= 1 else method_class(method)().for_budget(budget, num_layers)
+
+
+# For each budget and kind of curve, the runs and the method that their models answer with.
+Plan = dict[float, dict[str, tuple[list[Run], PruningMethod | None]]]
 
 
 def curve(
@@ -71,17 +75,6 @@ def curve(
         asked += [Asked(run, (one,)) for curves in plan.values() for several, one in curves.values() for run in several]
     cells = options.cells()
     options.complete(asked, cells)
-    results: dict[str, Any] = {}
-    for task in tasks:
-        images = [question.sample for question in task.questions(options.images)]
-        results[task.name] = {kind: {} for kind in COLORS}
-        for budget, curves in plans[task.name].items():
-            for kind, (several, one) in curves.items():
-                right = answers(several, one, cells)
-                assert right is not None
-                seconds = [run.cost()["seconds"] for run in several]
-                point = estimate(right, None, images)
-                results[task.name][kind][f"{budget:g}"] = {**point, "seconds": sum(seconds) / len(seconds)}
     return {
         "method": method,
         "any_budget": list(any_budget),
@@ -89,8 +82,22 @@ def curve(
         "seeds": list(options.seeds),
         "images": options.images,
         "left_out": left_out,
-        "tasks": results,
+        "tasks": {task.name: points(task, plans[task.name], cells, options.images) for task in tasks},
     }
+
+
+def points(task: Task, plan: Plan, cells: Cells, num_images: int) -> dict[str, dict[str, Any]]:
+    """The points of each curve, by its budget."""
+    images = [question.sample for question in task.questions(num_images)]
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in COLORS}
+    for budget, curves in plan.items():
+        for kind, (runs, method) in curves.items():
+            right = answers(runs, method, cells)
+            assert right is not None
+            seconds = [run.cost()["seconds"] for run in runs]
+            point = estimate(right, None, images)
+            found[kind][f"{budget:g}"] = {**point, "seconds": sum(seconds) / len(seconds)}
+    return found
 
 
 def curve_table(result: dict[str, Any]) -> str:
