@@ -206,13 +206,14 @@ def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
 
 def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
     """Reject a drop by one method while another method's learned tokens are in the image span, because the latter
-    identifies them by position. This holds until the latter's last drop, or for all later layers if it prunes keys."""
+    identifies them by position. This holds until the latter's last drop, or for all later layers if it prunes keys or
+    its learned tokens stay."""
     for owner, method in enumerate(methods):
         indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
         adding = [index for index in indices if drops[index].adds]
         if not adding:
             continue
-        always = _chooses_keys(method)
+        always = _chooses_keys(method) or drops[indices[-1]].adds
         last = len(drops) if always else indices[-1]
         for index, drop in enumerate(drops[:last]):
             back = not always and any(other.owner == drop.owner and other.returns for other in drops[index:last])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.support.helpers import tiny_model
 from tests.support.reference import run_layer
 from tests.support.slow_learned import compared, theta
-from vtprune_train import Combined, DivPrune, Drop, Needs, PruningMethod, prune
+from vtprune_train import Combined, DivPrune, Drop, Needs, PruningMethod, PyramidDrop, prune
 from vtprune_train.core.stream import SpanLayout
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.learned import joined
@@ -68,6 +68,12 @@ def test_equals_the_loops(seed, images, tokens):
 
     method = Combined((FirstHalf(), Prefix(tokens=tokens)))
     compared(method, images, seed, 2, by_loops)
+
+
+@pytest.mark.parametrize("others", [(PyramidDrop(),), (DivPrune(),)])
+def test_no_method_drops_the_prefix(others):
+    with pytest.raises(ValueError, match=r"drops tokens before layer .* learned tokens of prefix"):
+        Combined((Prefix(), *others)).drops(8)
 
 
 def test_only_the_prefix_is_learned_and_it_has_no_budget():
